@@ -1,0 +1,163 @@
+"""Audio with the recipe that made it, and WAV files that carry both."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import secrets
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+
+from .errors import AudioFileError, InputError
+
+# How much of a WAV that anybody may have made is looked at.
+_MAX_CHUNKS, _MAX_INFO_BYTES = 1000, 1 << 20
+_KINDS = {"str": (str,), "int": (int,), "float": (float, int), "str | None": (str, type(None))}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes a clip again: the request, the model (its name, and the sha256 of its weights file) and the package version.
+
+    `peak_scale` is the factor a file's samples were multiplied with to keep them within ±1; 1.0 left them alone.
+    """
+
+    prompt: str
+    negative_prompt: str | None
+    seconds: float
+    seed: int
+    steps: int
+    sampler: str
+    cfg_scale: float
+    model: str
+    model_sha256: str
+    version: str
+    peak_scale: float = 1.0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Raises InputError for anything but a whole recipe with the right types and no further fields."""
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError):
+            raise InputError("its comment is not a recipe") from None
+        if not isinstance(values, dict) or "prompt" not in values:
+            raise InputError("its comment is not a recipe")
+        known = {field.name: _KINDS[field.type] for field in fields(cls)}
+        for name in values.keys() ^ known.keys():
+            raise InputError(f"its recipe {'lacks' if name in known else 'has an unknown field,'} {name!r}")
+        for name, kinds in known.items():
+            if type(values[name]) not in kinds:
+                raise InputError(f"its recipe has a bad {name}: {values[name]!r}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, eq=False)
+class Audio:
+    """float32 samples (frames, channels), as the decoder gave them, their rate in Hz, and how they were made."""
+
+    samples: np.ndarray
+    sample_rate: int
+    recipe: Recipe
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write a 24-bit PCM WAV with the recipe inside, whole or not at all.
+
+        Samples are scaled down only if their peak exceeds 1, and the file's recipe says so. Raises AudioFileError if the
+        file exists (unless `overwrite`) or cannot be written, or if the recipe does not read back.
+        """
+        path = Path(path)
+        check_output(path, overwrite)
+        peak = float(np.abs(self.samples).max(initial=0.0))
+        if not math.isfinite(peak):
+            raise AudioFileError(f"{path} was not written: the samples hold NaN or infinity")
+        scale = 1 / peak if peak > 1 else 1.0
+        recipe = replace(self.recipe, peak_scale=scale)
+        part = path.with_name(f".{secrets.token_hex(4)}.part")  # in the same folder, so that renaming is atomic
+        try:
+            soundfile.write(part, self.samples * np.float32(scale), self.sample_rate, subtype="PCM_24", format="WAV")
+            _append_comment(part, recipe.to_json())
+            if read_recipe(part) != recipe:
+                raise AudioFileError(f"{path} was not written: its recipe does not read back")
+            part.replace(path)
+        except (OSError, soundfile.SoundFileError) as error:
+            raise AudioFileError(f"cannot write {path}: {error}") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raises AudioFileError if a WAV cannot go there."""
+    if path.suffix.lower() != ".wav":
+        raise AudioFileError(f"cannot write {path}: only .wav files are written")
+    if not path.parent.is_dir():
+        raise AudioFileError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise AudioFileError(f"cannot write {path}: the folder {path.parent} is not writable")
+    if path.is_dir():
+        raise AudioFileError(f"cannot write {path}: it is a folder")
+    if path.exists() and not overwrite:
+        raise AudioFileError(f"{path} exists and is kept: give another name, or allow overwriting")
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """The recipe inside a WAV that `Audio.save` wrote; AudioFileError if the file is no such WAV."""
+    try:
+        return Recipe.from_json(_read_comment(Path(path)))
+    except OSError as error:
+        raise AudioFileError(f"cannot read {path}: {error.strerror}") from None
+    except InputError as error:
+        raise AudioFileError(f"cannot use {path}: {error}") from None
+
+
+def _append_comment(path: Path, text: str) -> None:
+    """Add the standard LIST/INFO/ICMT chunk. libsndfile would write the same, but reads 2046 bytes and more as nothing."""
+    comment = _chunk(b"ICMT", text.encode() + b"\0")
+    with open(path, "r+b") as file:
+        file.seek(0, os.SEEK_END)
+        file.write(_chunk(b"LIST", b"INFO" + comment))
+        riff_size = file.tell() - 8
+        file.seek(4)
+        file.write(struct.pack("<I", riff_size))
+
+
+def _chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack("<4sI", name, len(body)) + body + b"\0" * (len(body) % 2)
+
+
+def _read_comment(path: Path) -> str:
+    """The text of the first ICMT chunk, however long."""
+    with open(path, "rb") as file:
+        riff = file.read(12)
+        if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
+            raise InputError("it is not a WAV file")
+        for name, size in _chunks(file):
+            if name == b"LIST" and 4 <= size <= _MAX_INFO_BYTES and file.read(4) == b"INFO":
+                info = io.BytesIO(file.read(size - 4))
+                for key, length in _chunks(info):
+                    if key == b"ICMT":
+                        return info.read(length).rstrip(b"\0").decode(errors="replace")
+    raise InputError("it carries no recipe")
+
+
+def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Names and sizes of the RIFF chunks that follow; at each, the file stands at the chunk's body."""
+    for _ in range(_MAX_CHUNKS):
+        header = file.read(8)
+        if len(header) < 8:
+            return
+        name, size = struct.unpack("<4sI", header)
+        body = file.tell()
+        yield name, size
+        file.seek(body + size + size % 2)

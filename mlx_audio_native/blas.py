@@ -1,0 +1,37 @@
+"""MLX's CPU back end on Linux: a fast BLAS for it where one is installed, and a plain word where there is no back end."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+
+from .errors import BackendError
+
+SWITCH = "MLX_AUDIO_NATIVE_OPENBLAS"
+
+
+def prefer_openblas() -> bool:
+    """Let MLX call an installed OpenBLAS in place of the slow reference BLAS that its CPU wheel brings.
+
+    Works only before mlx.core is first imported: symbols loaded globally by then win over the wheel's own. The
+    environment variable MLX_AUDIO_NATIVE_OPENBLAS=0 switches it off. Returns whether OpenBLAS was loaded.
+    """
+    if sys.platform != "linux" or os.environ.get(SWITCH) == "0" or "mlx.core" in sys.modules:
+        return False
+    try:
+        distribution("mlx-cpu")
+        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+    except (PackageNotFoundError, OSError):
+        return False
+    return True
+
+
+def require_backend() -> None:
+    """Raises BackendError, saying what to install, where mlx came without a back end (on Linux, each is an extra)."""
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as error:
+        extras = "pip install 'mlx-audio-native[cpu]', or [cuda12] or [cuda13] for an NVIDIA GPU"
+        raise BackendError(f"MLX cannot start ({error}); on Linux its back end is an extra: {extras}") from None
