@@ -25,7 +25,7 @@ _KINDS = {"str": (str,), "int": (int,), "float": (float, int), "str | None": (st
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes a clip again: the request, the model (its name, and the sha256 of its weights file) and the package version.
+    """What makes a clip again: the request, the model by name and sha256 of its weights file, the package version.
 
     `peak_scale` is the factor a file's samples were multiplied with to keep them within ±1; 1.0 left them alone.
     """
@@ -74,8 +74,8 @@ class Audio:
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a 24-bit PCM WAV with the recipe inside, whole or not at all.
 
-        Samples are scaled down only if their peak exceeds 1, and the file's recipe says so. Raises AudioFileError if the
-        file exists (unless `overwrite`) or cannot be written, or if the recipe does not read back.
+        Samples are scaled down only if their peak exceeds 1, and the file's recipe says so. Raises AudioFileError if
+        the file exists (unless `overwrite`) or cannot be written, or if the recipe does not read back.
         """
         path = Path(path)
         check_output(path, overwrite)
@@ -122,7 +122,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
 
 
 def _append_comment(path: Path, text: str) -> None:
-    """Add the standard LIST/INFO/ICMT chunk. libsndfile would write the same, but reads 2046 bytes and more as nothing."""
+    """Add the standard LIST/INFO/ICMT chunk; from 2046 bytes on, libsndfile neither writes nor reads it."""
     comment = _chunk(b"ICMT", text.encode() + b"\0")
     with open(path, "r+b") as file:
         file.seek(0, os.SEEK_END)

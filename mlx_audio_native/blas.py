@@ -1,4 +1,4 @@
-"""MLX's CPU back end on Linux: a fast BLAS for it where one is installed, and a plain word where there is no back end."""
+"""MLX's back end on Linux: a fast BLAS for the CPU one where installed, and a plain word where there is none at all."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Schedules and samplers for rectified-flow models, as pure functions of a velocity, latents, a schedule and noise.
 
-Time runs from 1 (noise) down to 0 (clean). A velocity v predicts noise - clean, so x - t·v(x, t) is the clean latents as
-seen from time t. Formulas: stable-audio-tools 0.0.19, inference/sampling.py and models/dit.py.
+Time runs from 1 (noise) down to 0 (clean). A velocity v predicts noise - clean, so x - t·v(x, t) is the clean latents
+as seen from time t. Formulas: stable-audio-tools 0.0.19, inference/sampling.py and models/dit.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .errors import InputError
 Velocity = Callable[[mx.array, float], mx.array]
 """(latents (B, T, C), time in 0..1) → velocity (B, T, C)."""
 
-# Just above sigmoid(-2) = 0.11920: from there down, the reference's log-SNR line is flat, then runs upwards, and fails at 0.
+# Just above sigmoid(-2) = 0.11920, below which the reference's log-SNR line runs upwards, to fail at 0.
 LINEAR_BELOW = 0.1193
 
 
 @dataclass(frozen=True)
 class State:
-    """Latents (B, T, C) after `step` of `steps` sampling steps; those of the last state are clean. Not yet evaluated."""
+    """Latents (B, T, C), not yet evaluated, after `step` of `steps` steps; those of the last state are clean."""
 
     step: int
     steps: int
@@ -35,7 +35,7 @@ class State:
 def log_snr_schedule(steps: int, sigma_max: float = 1.0) -> list[float]:
     """Times of `steps` steps, evenly spaced in log-SNR, from sigma_max down to 0: steps + 1 values.
 
-    As the reference's, except below LINEAR_BELOW, where it is `linear_schedule`. At sigma_max 0 there is no step: [0.0].
+    The reference's, except below LINEAR_BELOW, where it is `linear_schedule`. At sigma_max 0 there is no step: [0.0].
     """
     if sigma_max < LINEAR_BELOW:
         return linear_schedule(steps, sigma_max)
@@ -46,7 +46,7 @@ def log_snr_schedule(steps: int, sigma_max: float = 1.0) -> list[float]:
 
 def linear_schedule(steps: int, sigma_max: float = 1.0) -> list[float]:
     """Times of `steps` steps, evenly spaced from sigma_max down to 0: steps + 1 values. At sigma_max 0: [0.0]."""
-    return [sigma_max * (steps - i) / steps for i in range(steps + 1)] if sigma_max > 0 else [0.0]
+    return [sigma_max * ((steps - i) / steps) for i in range(steps + 1)] if sigma_max > 0 else [0.0]
 
 
 def pingpong(
@@ -147,8 +147,8 @@ def sample(
     schedule = method.schedule(steps, sigma_max)
     if len(schedule) == 1:
         yield State(0, 0, latents)
-    for step, latents in enumerate(method.run(velocity, latents, schedule, noise), start=1):
-        yield State(step, steps, latents)
+    for step, x in enumerate(method.run(velocity, latents, schedule, noise), start=1):
+        yield State(step, steps, x)
 
 
 def clip_noise(seeds: Sequence[int], shape: tuple[int, int]) -> Iterator[mx.array]:
@@ -163,25 +163,11 @@ def clip_noise(seeds: Sequence[int], shape: tuple[int, int]) -> Iterator[mx.arra
         yield mx.stack([mx.random.normal(shape, key=pair[1]) for pair in pairs])
 
 
-def guided(
-    velocity: Callable[[mx.array, float, mx.array, mx.array], mx.array],
-    tokens: mx.array,
-    null_tokens: mx.array,
-    global_cond: mx.array,
-    scale: float,
-) -> Velocity:
-    """Classifier-free guidance: vu + scale·(vc - vu), both halves in one batch; at scale 1 the conditional half alone.
-
-    `velocity(latents, t, tokens, global_cond)` is the model; tokens and null_tokens are (B, N, D), and the null ones are
-    zeros or a negative prompt's. The global conditioning (B, G) stays in both halves.
-    """
-    if scale == 1:
-        return lambda x, t: velocity(x, t, tokens, global_cond)
-    both_tokens = mx.concatenate([tokens, null_tokens])
-    both_global = mx.concatenate([global_cond, global_cond])
+def guided(velocity: Velocity, scale: float) -> Velocity:
+    """Classifier-free guidance, vu + scale·(vc - vu), of a velocity over two batches: conditional, unconditional."""
 
     def run(x: mx.array, t: float) -> mx.array:
-        conditional, unconditional = mx.split(velocity(mx.concatenate([x, x]), t, both_tokens, both_global), 2)
+        conditional, unconditional = mx.split(velocity(mx.concatenate([x, x]), t), 2)
         return unconditional + scale * (conditional - unconditional)
 
     return run
