@@ -76,9 +76,7 @@ def test_constant_velocity_is_integrated_exactly(sampler, steps, sigma_max):
     np.testing.assert_allclose(result, 1 - 3 * sigma_max, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("sampler", "steps", "shrinks_to"), [("euler", 32, 0.6), ("dpmpp", 32, 0.35), ("rk4", 4, 0.12)]
-)
+@pytest.mark.parametrize(("sampler", "steps", "ratio"), [("euler", 32, 0.6), ("dpmpp", 32, 0.35), ("rk4", 4, 0.12)])
 def test_order_of_convergence_on_gaussian_data(sampler, steps, ratio):
     """Data ~ N(m, s²): x(t) = (1 - t)·m + sqrt((1 - t)²s² + t²)·x(1) solves the flow; half the step, less error."""
     mean, deviation = 0.7, 0.5
