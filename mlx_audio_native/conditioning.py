@@ -1,0 +1,219 @@
+"""Text and numbers to what the DiT listens to: cross-attention tokens, their mask, and the global vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .errors import InputError
+from .schema import Section, check, nearest
+from .t5 import T5Config, T5Encoder
+
+FEATURES = ("x", "sin", "cos")
+# x·w times 2, then times pi in float32: the order of the reference's multiplications
+ANGLE_CONSTANTS = (2.0, 3.1415927410125732)
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """The text conditioner: `encode_length` tokens go through T5, the first `max_length` come out."""
+
+    id: str
+    max_length: int
+    encode_length: int
+    project_out: bool
+    t5_config: T5Config
+
+    @classmethod
+    def read(cls, id_: str, section: Section, cond_dim: int, text_encoder: dict[str, Any] | None) -> PromptConfig:
+        max_length = section.size("max_length", 128, most=2**14)
+        encode_length = section.size("encode_length", max_length, most=2**14)
+        where = f"{section.where}.encode_length"
+        check(encode_length >= max_length, f"{where} {encode_length} is below max_length {max_length}")
+        name, own = section.take("t5_model_name", str, "t5-base"), section.take("t5_config", dict, None)
+        if own is not None:
+            t5_config = T5Config.read(Section(own, f"{section.where}.t5_config"))
+        elif text_encoder is not None:
+            t5_config = T5Config.read(Section(text_encoder, "text_encoder/config.json"))
+        else:
+            t5_config = T5Config.named(name)
+        project_out = section.take("project_out", bool, False) or t5_config.d_model != cond_dim
+        section.without_effect("enable_grad")
+        return cls(id_, max_length, encode_length, project_out, t5_config)
+
+
+@dataclass(frozen=True)
+class NumberConfig:
+    """A number conditioner. `scale` None means division by max - min, which is how the reference normalises."""
+
+    id: str
+    min: float
+    max: float
+    features: tuple[str, ...]
+    scale: float | None
+    angle_constants: tuple[float, ...]
+
+    @classmethod
+    def read(cls, id_: str, section: Section) -> NumberConfig:
+        low, high = section.take("min_val", float, 0.0), section.take("max_val", float, 1.0)
+        check(low < high, f"{section.where} has min_val {low:g}, which is not below max_val {high:g}")
+        features = section.many("features", str, FEATURES)
+        fits = features and set(features) <= set(FEATURES) and len(set(features)) == len(features)
+        check(fits, f"{section.where}.features must be different ones of x, sin and cos, found {features!r:.60}")
+        angles = section.many("angle_constants", float, ANGLE_CONSTANTS)
+        return cls(id_, low, high, features, section.take("scale", float, None), tuple(map(float, angles)))
+
+    def width(self, frequencies: int) -> int:
+        """Features that `frequencies` give: one for x, one a frequency for sine and cosine."""
+        return sum(1 if feature == "x" else frequencies for feature in self.features)
+
+
+@dataclass(frozen=True)
+class ConditioningConfig:
+    """All conditioners, and which of them feed cross-attention and the global vector, in order."""
+
+    cond_dim: int
+    prompt: PromptConfig
+    numbers: tuple[NumberConfig, ...]
+    cross_attention_ids: tuple[str, ...]
+    global_ids: tuple[str, ...]
+
+    @classmethod
+    def read(cls, section: Section, diffusion: Section, text_encoder: dict[str, Any] | None) -> ConditioningConfig:
+        """Read `model.conditioning`, and from `model.diffusion` the two lists of ids."""
+        cond_dim = section.size("cond_dim")
+        section.one_of("default_keys", ({},), {})
+        section.one_of("pre_encoded_keys", ([],), [])
+        prompts, numbers = [], []
+        for index, values in enumerate(section.many("configs", dict)):
+            entry = Section(values, f"{section.where}.configs[{index}]")
+            id_, kind, config = entry.take("id", str), entry.one_of("type", ("t5", "number")), entry.section("config")
+            entry.done()
+            check(id_.isidentifier(), f"{entry.where}.id {id_!r:.60} is not a plain name")
+            width = config.size("output_dim", cond_dim)
+            check(width == cond_dim, f"{config.where}.output_dim is {width}, cond_dim {cond_dim}")
+            if kind == "t5":
+                prompts.append(PromptConfig.read(id_, config, cond_dim, text_encoder))
+            else:
+                numbers.append(NumberConfig.read(id_, config))
+            config.done()
+        section.done()
+        check(len(prompts) == 1, f"{section.where} has {len(prompts)} t5 conditioners; exactly one can be honoured")
+        known = [config.id for config in (*prompts, *numbers)]
+        check(len(set(known)) == len(known), f"{section.where} has two conditioners of one id: {', '.join(known)}")
+        fed = {}
+        for key in ("cross_attention_cond_ids", "global_cond_ids"):
+            fed[key] = diffusion.many(key, str, ())
+            check(fed[key], f"{diffusion.where}.{key} is empty, which cannot be honoured")
+            for id_ in fed[key]:
+                check(id_ in known, f"{diffusion.where}.{key} names no conditioner: {id_!r:.60}{nearest(id_, known)}")
+        cross_attention_ids, global_ids = fed.values()
+        check(prompts[0].id not in global_ids, f"{diffusion.where}.global_cond_ids has the text, which is no vector")
+        for id_ in known:
+            check(id_ in cross_attention_ids + global_ids, f"conditioner {id_!r} feeds nothing in {diffusion.where}")
+        return cls(cond_dim, prompts[0], tuple(numbers), cross_attention_ids, global_ids)
+
+
+class Conditioning(NamedTuple):
+    """`cross_attention` (B, N, D), `mask` (B, N) and `global_cond` (B, G), all float32; the mask is 1 where real."""
+
+    cross_attention: mx.array
+    mask: mx.array
+    global_cond: mx.array
+
+
+class NumberEmbedder(nn.Module):
+    """Numbers (B,) to embeddings (B, D): `[x, sin(2π·x·w), cos(2π·x·w)] @ Wᵀ + b` for x in 0..1.
+
+    Source: NumberConditioner and LearnedPositionalEmbedding of stable-audio-tools. Not the DiT's timestep features,
+    which are cosine first and have no x.
+    """
+
+    def __init__(self, config: NumberConfig, dim: int, frequencies: int) -> None:
+        super().__init__()
+        self.config = config
+        self.frequencies = mx.zeros((frequencies,))
+        self.weight = mx.zeros((dim, config.width(frequencies)))
+        self.bias = mx.zeros((dim,))
+
+    def __call__(self, values: mx.array) -> mx.array:
+        config = self.config
+        x = mx.clip(values, config.min, config.max)[:, None] - config.min
+        x = x / (config.max - config.min) if config.scale is None else x * config.scale
+        angles = x * self.frequencies
+        for constant in config.angle_constants:
+            angles = angles * constant
+        features = {"x": x, "sin": mx.sin(angles), "cos": mx.cos(angles)}
+        features = mx.concatenate([features[name] for name in config.features], axis=1)
+        # a matrix product may round to TF32 on a GPU, which is 3e-4 off here
+        return (features[:, None, :] * self.weight).sum(-1) + self.bias
+
+
+class Conditioner(nn.Module):
+    """`frequencies` says how many each number conditioner has; the reference's have 128."""
+
+    def __init__(self, config: ConditioningConfig, frequencies: dict[str, int]) -> None:
+        super().__init__()
+        self.config = config
+        self.t5 = T5Encoder(config.prompt.t5_config)
+        if config.prompt.project_out:
+            self.project_out = nn.Linear(config.prompt.t5_config.d_model, config.cond_dim)
+        self.numbers = {
+            number.id: NumberEmbedder(number, config.cond_dim, frequencies[number.id]) for number in config.numbers
+        }
+
+    def encode(self, input_ids: Any, attention_mask: Any, **numbers: Any) -> Conditioning:
+        """Token ids and mask (B, L), L up to `encode_length`, and values for each number conditioner, (B,) or one.
+
+        Anything that mx.array takes. The number of tokens that come out does not depend on L. Raises InputError.
+        """
+        for id_ in numbers:
+            if id_ not in self.numbers:
+                raise InputError(f"this model has no number conditioner {id_!r}{nearest(id_, list(self.numbers))}")
+        tokens, mask = self._encode_text(input_ids, attention_mask)
+        batch = tokens.shape[0]
+        encoded = {self.config.prompt.id: (tokens, mask)}
+        for id_, embedder in self.numbers.items():
+            if id_ not in numbers:
+                raise InputError(f"this model also needs {id_}")
+            embedding = embedder(_as_numbers(id_, numbers[id_], batch))
+            encoded[id_] = embedding[:, None, :], mx.ones((batch, 1))
+        return Conditioning(
+            cross_attention=mx.concatenate([encoded[id_][0] for id_ in self.config.cross_attention_ids], axis=1),
+            mask=mx.concatenate([encoded[id_][1] for id_ in self.config.cross_attention_ids], axis=1),
+            global_cond=mx.concatenate([encoded[id_][0][:, 0] for id_ in self.config.global_ids], axis=-1),
+        )
+
+    def _encode_text(self, input_ids: Any, attention_mask: Any) -> tuple[mx.array, mx.array]:
+        prompt = self.config.prompt
+        ids, mask = mx.array(input_ids), mx.array(attention_mask)
+        if ids.ndim != 2 or ids.shape != mask.shape or not 1 <= ids.shape[1] <= prompt.encode_length or not ids.size:
+            raise InputError(
+                f"token ids and mask must have one shape (batch, up to {prompt.encode_length} tokens), "
+                f"found {ids.shape} and {mask.shape}"
+            )
+        if not mx.issubdtype(ids.dtype, mx.integer):
+            raise InputError(f"token ids must be whole numbers, found {ids.dtype}")
+        if ids.min().item() < 0 or ids.max().item() >= prompt.t5_config.vocab_size:
+            raise InputError(f"token ids must be from 0 to {prompt.t5_config.vocab_size - 1}")
+        real = mask != 0
+        # padding after the last real token changes nothing but the time it takes
+        last = mx.where(real, mx.arange(1, ids.shape[1] + 1), 1).max().item()
+        states = self.t5(ids[:, :last], real[:, :last])[:, : prompt.max_length]
+        if prompt.project_out:
+            states = self.project_out(states)
+        real = real[:, : states.shape[1]].astype(mx.float32)
+        missing = prompt.max_length - states.shape[1]
+        return mx.pad(states * real[..., None], ((0, 0), (0, missing), (0, 0))), mx.pad(real, ((0, 0), (0, missing)))
+
+
+def _as_numbers(id_: str, values: Any, batch: int) -> mx.array:
+    values = mx.array(values).astype(mx.float32).reshape(-1)
+    if values.size not in (1, batch):
+        raise InputError(f"{id_} has {values.size} values for a batch of {batch}")
+    if not mx.isfinite(values).all().item():
+        raise InputError(f"{id_} must be finite")
+    return mx.broadcast_to(values, (batch,))

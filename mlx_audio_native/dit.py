@@ -1,0 +1,273 @@
+"""The diffusion transformer of stable-audio-tools (`dit.py` and `transformer.py` there), and its config."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .schema import Section, check
+
+OBJECTIVES = ("v", "rectified_flow", "rf_denoiser")
+_TIMESTEP_FEATURES = 256
+_QK_NORM_EPS = 1e-6
+# settings of the reference that no released model changes
+_FIXED = {
+    "transformer_type": "continuous_transformer",
+    "global_cond_type": "prepend",
+    "timestep_cond_type": "global",
+    "patch_size": 1,
+    "input_concat_dim": 0,
+    "prepend_cond_dim": 0,
+    "final_cross_attn_ix": -1,
+    "causal": False,
+    "rotary_pos_emb": True,
+    "conformer": False,
+    "use_sinusoidal_emb": False,
+    "use_abs_pos_emb": False,
+    "num_memory_tokens": 0,
+    "sliding_window": None,
+    "remove_norms": False,
+    "add_rope": False,
+    "layer_scale": False,
+}
+_FIXED_ATTENTION = {"differential": False, "feat_scale": False}
+_FIXED_FF = {"no_bias": False, "glu": True, "use_conv": False}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """`cond_embed_dim` is the width of the cross-attention tokens after projection; it sets the key/value heads."""
+
+    io_channels: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    cond_token_dim: int
+    cond_embed_dim: int
+    global_cond_dim: int
+    ff_dim: int
+    norm_eps: float
+    qk_norm: bool
+    objective: str
+    shifts_distribution: bool
+
+    @classmethod
+    def read(cls, diffusion: Section) -> DiTConfig:
+        """Read `model.diffusion`. Raises ConfigError."""
+        diffusion.one_of("type", ("dit",))
+        objective = diffusion.one_of("diffusion_objective", OBJECTIVES, "v")
+        shift = diffusion.take("distribution_shift_options", dict, None)
+        for key in ("input_concat_ids", "prepend_cond_ids"):
+            diffusion.one_of(key, ([],), [])
+        diffusion.without_effect("cross_attention_cond_ids", "global_cond_ids")
+        section = diffusion.section("config")
+        diffusion.done()
+
+        attention, ff, norm = (section.section(key, {}) for key in ("attn_kwargs", "ff_kwargs", "norm_kwargs"))
+        for inner, fixed in ((section, _FIXED), (attention, _FIXED_ATTENTION), (ff, _FIXED_FF)):
+            for key, value in fixed.items():
+                inner.one_of(key, (value,), value)
+        embed_dim, num_heads = section.size("embed_dim", 768), section.size("num_heads", 8)
+        cond_token_dim, global_cond_dim = section.size("cond_token_dim"), section.size("global_cond_dim")
+        projected = section.take("project_cond_tokens", bool, True)
+        if not section.take("project_global_cond", bool, True):
+            where = f"{section.where}: an unprojected global_cond_dim"
+            check(global_cond_dim == embed_dim, f"{where} must equal embed_dim {embed_dim}, found {global_cond_dim}")
+        config = cls(
+            io_channels=section.size("io_channels", 32),
+            embed_dim=embed_dim,
+            depth=section.size("depth", 12, most=1000),
+            num_heads=num_heads,
+            cond_token_dim=cond_token_dim,
+            cond_embed_dim=embed_dim if projected else cond_token_dim,
+            global_cond_dim=global_cond_dim,
+            ff_dim=int(embed_dim * ff.take("mult", float, 4.0)),
+            norm_eps=norm.take("eps", float, 1e-5),
+            qk_norm=attention.one_of("qk_norm", ("none", "ln"), "none") == "ln",
+            objective=objective,
+            shifts_distribution=shift is not None,
+        )
+        # initial values, lengths of tables that are off, and which norm parameters were trained
+        section.without_effect("zero_init_branch_outputs", "abs_pos_emb_max_length", "timestep_embed_dim")
+        ff.without_effect("zero_init_output", "conv_kernel_size")
+        norm.without_effect("bias", "fix_scale", "force_fp32")
+        for inner in (section, attention, ff, norm):
+            inner.done()
+        config._check(section.where)
+        return config
+
+    def _check(self, where: str) -> None:
+        fits = self.embed_dim % self.num_heads == 0
+        check(fits, f"{where}: embed_dim {self.embed_dim} does not give {self.num_heads} heads")
+        head, width = self.head_dim, self.cond_embed_dim
+        fits = head >= 32 and self.rotary_dim % 2 == 0
+        check(fits, f"{where}: heads of {head} cannot be rotated; they must be 32 to 64 or a multiple of 4")
+        fits = width % head == 0 and self.num_heads % (width // head) == 0
+        check(fits, f"{where}: tokens of {width} give no key/value heads of {head} that divide {self.num_heads} heads")
+        check(1 <= self.ff_dim < 2**26, f"{where}.ff_kwargs.mult gives a width of {self.ff_dim}")
+        check(self.norm_eps > 0, f"{where}.norm_kwargs.eps must be above 0")
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.cond_embed_dim // self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        return max(self.head_dim // 2, 32)
+
+
+class Attention(nn.Module):
+    """What self- and cross-attention share: heads, their optional norm, and the way out."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        if config.qk_norm:
+            self.q_norm = nn.LayerNorm(config.head_dim, _QK_NORM_EPS)
+            self.k_norm = nn.LayerNorm(config.head_dim, _QK_NORM_EPS)
+        self.qk_norm = config.qk_norm
+        self.to_out = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
+
+    def split_heads(self, x: mx.array) -> mx.array:
+        """(B, T, heads · head_dim) → (B, heads, T, head_dim)"""
+        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """Fewer key/value heads than query heads are shared by neighbours."""
+        states = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
+        return self.to_out(states.transpose(0, 2, 1, 3).flatten(2))
+
+
+class SelfAttention(Attention):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
+        self.rotary_dim = config.rotary_dim
+        self.to_qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        q, k, v = (self.split_heads(part) for part in mx.split(self.to_qkv(x), 3, axis=-1))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return self.attend(self.rotate(q), self.rotate(k), v)
+
+    def rotate(self, x: mx.array) -> mx.array:
+        return mx.fast.rope(x, self.rotary_dim, traditional=False, base=10000.0, scale=1.0, offset=0)
+
+
+class CrossAttention(Attention):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
+        self.to_q = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
+        self.to_kv = nn.Linear(config.cond_embed_dim, 2 * config.cond_embed_dim, bias=False)
+
+    def keys_values(self, context: mx.array) -> tuple[mx.array, mx.array]:
+        k, v = (self.split_heads(part) for part in mx.split(self.to_kv(context), 2, axis=-1))
+        return (self.k_norm(k) if self.qk_norm else k), v
+
+    def __call__(self, x: mx.array, keys_values: tuple[mx.array, mx.array]) -> mx.array:
+        q = self.split_heads(self.to_q(x))
+        return self.attend(self.q_norm(q) if self.qk_norm else q, *keys_values)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: the value comes first, the gate second."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(config.embed_dim, 2 * config.ff_dim)
+        self.proj_out = nn.Linear(config.ff_dim, config.embed_dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        value, gate = mx.split(self.proj_in(x), 2, axis=-1)
+        return self.proj_out(value * nn.silu(gate))
+
+
+class Block(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.self_norm = nn.LayerNorm(config.embed_dim, config.norm_eps)
+        self.self_attention = SelfAttention(config)
+        self.cross_norm = nn.LayerNorm(config.embed_dim, config.norm_eps)
+        self.cross_attention = CrossAttention(config)
+        self.ff_norm = nn.LayerNorm(config.embed_dim, config.norm_eps)
+        self.ff = FeedForward(config)
+
+    def __call__(self, x: mx.array, keys_values: tuple[mx.array, mx.array]) -> mx.array:
+        x = x + self.self_attention(self.self_norm(x))
+        x = x + self.cross_attention(self.cross_norm(x), keys_values)
+        return x + self.ff(self.ff_norm(x))
+
+
+class Embedder(nn.Module):
+    """Linear, SiLU, Linear."""
+
+    def __init__(self, input_dim: int, dim: int, bias: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(input_dim, dim, bias=bias)
+        self.second = nn.Linear(dim, dim, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.second(nn.silu(self.first(x)))
+
+
+class Prepared(NamedTuple):
+    """What a clip's conditioning gives to every step: keys and values of each block, and the global token."""
+
+    keys_values: list[tuple[mx.array, mx.array]]
+    global_embed: mx.array
+
+
+class DiT(nn.Module):
+    """Velocity of latents, given the time, cross-attention tokens and a global vector."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.timestep_frequencies = mx.zeros((_TIMESTEP_FEATURES // 2,))
+        self.to_timestep_embed = Embedder(_TIMESTEP_FEATURES, config.embed_dim, bias=True)
+        self.to_cond_embed = Embedder(config.cond_token_dim, config.cond_embed_dim, bias=False)
+        self.to_global_embed = Embedder(config.global_cond_dim, config.embed_dim, bias=False)
+        self.preprocess = nn.Linear(config.io_channels, config.io_channels, bias=False)
+        self.project_in = nn.Linear(config.io_channels, config.embed_dim, bias=False)
+        self.blocks = [Block(config) for _ in range(config.depth)]
+        self.project_out = nn.Linear(config.embed_dim, config.io_channels, bias=False)
+        self.postprocess = nn.Linear(config.io_channels, config.io_channels, bias=False)
+
+    def __call__(self, latents: mx.array, t: mx.array, cross_attention: mx.array, global_cond: mx.array) -> mx.array:
+        """Latents (B, T, C), t (B,), tokens (B, N, D), global vector (B, G) → velocity (B, T, C)."""
+        return self.velocity(latents, t, self.prepare(cross_attention, global_cond))
+
+    def prepare(self, cross_attention: mx.array, global_cond: mx.array) -> Prepared:
+        """Everything that depends on the conditioning alone, to be computed once a clip.
+
+        The tokens' mask plays no part: the reference attends to the zero rows of padding too.
+        """
+        dtype = self.project_in.weight.dtype
+        context = self.to_cond_embed(cross_attention.astype(dtype))
+        keys_values = [block.cross_attention.keys_values(context) for block in self.blocks]
+        return Prepared(keys_values, self.to_global_embed(global_cond.astype(dtype)))
+
+    def velocity(self, latents: mx.array, t: mx.array, prepared: Prepared) -> mx.array:
+        """As `__call__`, for conditioning that was prepared; in the dtype of the latents."""
+        x = latents.astype(self.project_in.weight.dtype)
+        token = prepared.global_embed + self.embed_time(t)
+        x = self.project_in(self.preprocess(x) + x)
+        x = mx.concatenate([token[:, None, :], x], axis=1)
+        for block, keys_values in zip(self.blocks, prepared.keys_values, strict=True):
+            x = block(x, keys_values)
+        x = self.project_out(x[:, 1:])
+        return (self.postprocess(x) + x).astype(latents.dtype)
+
+    def embed_time(self, t: mx.array) -> mx.array:
+        """t (B,) → (B, E). Cosine first, then sine, and no raw t, unlike the seconds' embedding."""
+        angles = (2 * math.pi * t.astype(mx.float32))[:, None] * self.timestep_frequencies
+        features = mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+        return self.to_timestep_embed(features.astype(self.project_in.weight.dtype))
