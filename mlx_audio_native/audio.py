@@ -9,18 +9,18 @@ import os
 import secrets
 import struct
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import soundfile
 
-from .errors import AudioFileError, InputError
+from .errors import AudioFileError, ConfigError
+from .schema import Section
 
 # How much of a WAV that anybody may have made is looked at.
 _MAX_CHUNKS, _MAX_INFO_BYTES = 1000, 1 << 20
-_KINDS = {"str": (str,), "int": (int,), "float": (float, int), "str | None": (str, type(None))}
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,26 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """Raises InputError for anything but a whole recipe with the right types and no further fields."""
+        """Raises ConfigError for anything but a whole recipe, each field of its type, and nothing more."""
         try:
-            values = json.loads(text)
+            section = Section(json.loads(text), "the recipe")
         except (ValueError, RecursionError):
-            raise InputError("its comment is not a recipe") from None
-        if not isinstance(values, dict) or "prompt" not in values:
-            raise InputError("its comment is not a recipe")
-        known = {field.name: _KINDS[field.type] for field in fields(cls)}
-        for name in values.keys() ^ known.keys():
-            raise InputError(f"its recipe {'lacks' if name in known else 'has an unknown field,'} {name!r}")
-        for name, kinds in known.items():
-            if type(values[name]) not in kinds:
-                raise InputError(f"its recipe has a bad {name}: {values[name]!r}")
-        return cls(**values)
+            raise ConfigError("its comment is not a recipe") from None
+        recipe = cls(
+            prompt=section.take("prompt", str),
+            negative_prompt=section.take("negative_prompt", str, None),
+            seconds=section.take("seconds", float),
+            seed=section.take("seed", int),
+            steps=section.take("steps", int),
+            sampler=section.take("sampler", str),
+            cfg_scale=section.take("cfg_scale", float),
+            model=section.take("model", str),
+            model_sha256=section.take("model_sha256", str),
+            version=section.take("version", str),
+            peak_scale=section.take("peak_scale", float),
+        )
+        section.done()
+        return recipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +123,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         return Recipe.from_json(_read_comment(Path(path)))
     except OSError as error:
         raise AudioFileError(f"cannot read {path}: {error.strerror}") from None
-    except InputError as error:
+    except ConfigError as error:
         raise AudioFileError(f"cannot use {path}: {error}") from None
 
 
@@ -141,14 +147,14 @@ def _read_comment(path: Path) -> str:
     with open(path, "rb") as file:
         riff = file.read(12)
         if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
-            raise InputError("it is not a WAV file")
+            raise ConfigError("it is not a WAV file")
         for name, size in _chunks(file):
             if name == b"LIST" and 4 <= size <= _MAX_INFO_BYTES and file.read(4) == b"INFO":
                 info = io.BytesIO(file.read(size - 4))
                 for key, length in _chunks(info):
                     if key == b"ICMT":
                         return info.read(length).rstrip(b"\0").decode(errors="replace")
-    raise InputError("it carries no recipe")
+    raise ConfigError("it carries no recipe")
 
 
 def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:

@@ -106,6 +106,35 @@ class AutoencoderConfig:
         """Audio frames to one latent frame."""
         return prod(self.decoder.strides)
 
+    def decoded_frames(self, latents: int) -> int:
+        """Audio frames that so many latent frames decode to; each odd stride loses one of its own."""
+        for stride in reversed(self.decoder.strides):
+            latents = latents * stride - stride % 2
+        return latents
+
+    def latents_for(self, frames: int) -> int:
+        """The first latent frames that the first `frames` audio frames hear: what decoding more would not change."""
+        reach = _KERNEL // 2
+        heard = frames + reach
+        for stride in self.decoder.strides:
+            heard += reach * sum(_DILATIONS)
+            heard = (heard - 1 + ceil(stride / 2)) // stride + 1
+        return heard + reach
+
+    def decoded_frames(self, latents: int) -> int:
+        """Audio frames that so many latent frames decode to; an odd stride loses one."""
+        for stride in reversed(self.decoder.strides):
+            latents = latents * stride - stride % 2
+        return latents
+
+    def latents_for(self, frames: int) -> int:
+        """How many latent frames, from the first on, have a part in the first `frames` audio frames."""
+        reach = _KERNEL // 2
+        last = frames - 1 + reach
+        for stride in self.decoder.strides:
+            last = (last + reach * sum(_DILATIONS) + ceil(stride / 2)) // stride
+        return last + reach + 1
+
 
 def convolve(x: mx.array, weight: mx.array, bias: mx.array | None = None, dilation: int = 1) -> mx.array:
     """(B, T, in) and weight (out, taps, in) → (B, T - dilation·(taps - 1), out), as mx.conv1d.

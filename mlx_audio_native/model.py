@@ -1,0 +1,174 @@
+"""Load a model folder; turn prompts into audio."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from . import __version__
+from .audio import Audio, Recipe
+from .config import PARTS
+from .dit import Prepared
+from .errors import MlxAudioError
+from .request import Clip, Request, check_request
+from .sampling import State, clip_noise, guided, sample
+from .weights import load_parts
+
+DEMO = Path(__file__).parent / "demo"
+log = logging.getLogger(__name__)
+
+
+class Model:
+    """A loaded model: `config`, and `tokenizer`, `conditioner`, `dit` and `autoencoder`, None where not asked for."""
+
+    def __init__(self, folder: Path, parts: Sequence[str] = PARTS, dtype: str | None = None) -> None:
+        loaded = load_parts(folder, parts, dtype)
+        self.folder = folder
+        self.config = loaded.config
+        self.tokenizer = loaded.tokenizer
+        self.conditioner = loaded.conditioner
+        self.dit = loaded.dit
+        self.autoencoder = loaded.autoencoder
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the folder's model.safetensors, in hexadecimal."""
+        digest = hashlib.sha256()
+        with open(self.folder / "model.safetensors", "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        seconds: float | Sequence[float] | None = None,
+        steps: int | None = None,
+        cfg_scale: float | None = None,
+        negative_prompt: str | None = None,
+        seed: int | Sequence[int] | None = None,
+        sampler: str | None = None,
+    ) -> Audio | list[Audio]:
+        """Audio for one prompt; a list of them if prompt, seconds or seed is a sequence, of which any may be single.
+
+        A single seed serves every clip, so that a clip of a batch is the clip it would be alone; without one, each
+        clip's is drawn and stands in its recipe. Other defaults follow from the model's objective; `seconds` is 4, or
+        the window if that is shorter. A progress bar shows on a terminal. Raises InputError, or MlxAudioError if the
+        result is not finite.
+        """
+        request = check_request(self.config, prompt, seconds, steps, cfg_scale, negative_prompt, seed, sampler)
+        with _stage("text and seconds"):
+            prepared = self._prepare(request)
+        with _stage("sampling"):
+            for state in tqdm(self._denoise(request, prepared), total=request.steps, disable=None, leave=False):
+                mx.eval(state.latents)
+        _require_finite(state.latents, "latents")
+        with _stage("decoding"):
+            samples = self._decode(state.latents, max(clip.frames for clip in request.clips))
+        _require_finite(samples, "samples")
+        clips = [
+            Audio(array[: clip.frames].copy(), self.config.sample_rate, self._recipe(request, clip))
+            for array, clip in zip(np.array(samples), request.clips, strict=True)
+        ]
+        return clips[0] if request.single else clips
+
+    def sample(self, prompt: str | Sequence[str], **options: Any) -> Iterator[State]:
+        """The generator under `generate`, for the same arguments: the window's latents (B, T, C) after each step.
+
+        They are not evaluated; that is the caller's, with `mx.eval(state.latents)`.
+        """
+        request = check_request(self.config, prompt, **options)
+        return self._denoise(request, self._prepare(request))
+
+    def _prepare(self, request: Request) -> Prepared:
+        """What the DiT needs of the conditioning; under guidance for two batches, conditional and unconditional."""
+        tokens, global_cond = self._encode(request, [clip.prompt for clip in request.clips])
+        if request.cfg_scale != 1:
+            null = mx.zeros_like(tokens)
+            if request.negative_prompt is not None:
+                null, _ = self._encode(request, [request.negative_prompt] * len(request.clips))
+            tokens, global_cond = mx.concatenate([tokens, null]), mx.concatenate([global_cond, global_cond])
+        prepared = self.dit.prepare(tokens, global_cond)
+        mx.eval(prepared)
+        return prepared
+
+    def _encode(self, request: Request, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
+        """Cross-attention tokens (B, N, D), zero where masked, and global vector (B, G)."""
+        known = {"seconds_start": 0.0, "seconds_total": [clip.seconds for clip in request.clips]}
+        numbers = {number.id: known[number.id] for number in self.config.numbers if number.id in known}
+        encoded = self.conditioner.encode(*self.tokenizer.encode(prompts), **numbers)
+        return encoded.cross_attention * encoded.mask[..., None], encoded.global_cond
+
+    def _denoise(self, request: Request, prepared: Prepared) -> Iterator[State]:
+        def velocity(latents: mx.array, t: float) -> mx.array:
+            return self.dit.velocity(latents, mx.full((latents.shape[0],), t), prepared)
+
+        if request.cfg_scale != 1:
+            velocity = guided(velocity, request.cfg_scale)
+        shape = self.config.latent_length, self.config.latent_channels
+        noise = clip_noise([clip.seed for clip in request.clips], shape)
+        return sample(velocity, next(noise), noise, request.sampler, request.steps)
+
+    def _decode(self, latents: mx.array, frames: int) -> mx.array:
+        """float32 samples (B, at least frames, channels), from no more latents than have a part in them."""
+        samples = self.autoencoder.decode(latents[:, : self.config.autoencoder.latents_for(frames)])
+        samples = samples.astype(mx.float32)
+        mx.eval(samples)
+        return samples
+
+    def _recipe(self, request: Request, clip: Clip) -> Recipe:
+        return Recipe(
+            prompt=clip.prompt,
+            negative_prompt=request.negative_prompt,
+            seconds=clip.seconds,
+            seed=clip.seed,
+            steps=request.steps,
+            sampler=request.sampler,
+            cfg_scale=request.cfg_scale,
+            model=self.folder.resolve().name,
+            model_sha256=self.sha256,
+            version=__version__,
+        )
+
+
+def load(folder: str | Path | None = None, parts: Sequence[str] = PARTS, dtype: str | None = None) -> Model:
+    """Load a model folder, or the embedded demo model; of its parts, only those named.
+
+    `dtype` is float32, float16 or bfloat16 for every part; None leaves each part its own default. Raises MlxAudioError
+    for a folder that is not exactly what its config says.
+    """
+    return Model(DEMO if folder is None else Path(folder), parts, dtype)
+
+
+def generate(prompt: str | Sequence[str], **options: Any) -> Audio | list[Audio]:
+    """`Model.generate` of the embedded demo model, which is loaded once."""
+    return _embedded().generate(prompt, **options)
+
+
+@cache
+def _embedded() -> Model:
+    return load()
+
+
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    """Logs how long a stage took, and gives back the memory that it alone needed."""
+    start = time.perf_counter()
+    yield
+    mx.clear_cache()
+    log.info("%-18s %7.3f s", name, time.perf_counter() - start)
+
+
+def _require_finite(array: mx.array, what: str) -> None:
+    if not mx.isfinite(array).all().item():
+        raise MlxAudioError(f"the {what} came out as NaN or infinity, so there is no audio")
