@@ -104,17 +104,21 @@ class Audio:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raises AudioFileError if a WAV cannot go there."""
+    """Raises AudioFileError if a WAV should not or cannot go there, as far as can be told before writing."""
+    folder = path.parent
     if path.suffix.lower() != ".wav":
-        raise AudioFileError(f"cannot write {path}: only .wav files are written")
-    if not path.parent.is_dir():
-        raise AudioFileError(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise AudioFileError(f"cannot write {path}: the folder {path.parent} is not writable")
-    if path.is_dir():
-        raise AudioFileError(f"cannot write {path}: it is a folder")
-    if path.exists() and not overwrite:
-        raise AudioFileError(f"{path} exists and is kept: give another name, or allow overwriting")
+        problem = "only .wav files are written"
+    elif not os.path.isdir(folder):
+        problem = f"there is no folder {folder}"
+    elif not os.access(folder, os.W_OK):
+        problem = f"the folder {folder} is not writable"
+    elif os.path.isdir(path):
+        problem = "it is a folder"
+    elif os.path.exists(path) and not overwrite:
+        problem = "it exists, and is kept unless overwriting is asked for"
+    else:
+        return
+    raise AudioFileError(f"cannot write {path}: {problem}")
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
