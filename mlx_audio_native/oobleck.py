@@ -107,21 +107,6 @@ class AutoencoderConfig:
         return prod(self.decoder.strides)
 
     def decoded_frames(self, latents: int) -> int:
-        """Audio frames that so many latent frames decode to; each odd stride loses one of its own."""
-        for stride in reversed(self.decoder.strides):
-            latents = latents * stride - stride % 2
-        return latents
-
-    def latents_for(self, frames: int) -> int:
-        """The first latent frames that the first `frames` audio frames hear: what decoding more would not change."""
-        reach = _KERNEL // 2
-        heard = frames + reach
-        for stride in self.decoder.strides:
-            heard += reach * sum(_DILATIONS)
-            heard = (heard - 1 + ceil(stride / 2)) // stride + 1
-        return heard + reach
-
-    def decoded_frames(self, latents: int) -> int:
         """Audio frames that so many latent frames decode to; an odd stride loses one."""
         for stride in reversed(self.decoder.strides):
             latents = latents * stride - stride % 2

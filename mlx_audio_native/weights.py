@@ -1,0 +1,215 @@
+"""A model folder's weights: read strictly, saved whole or not at all.
+
+Every tensor of a part that is asked for is used, or ignored by name with a reason; every parameter is filled.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .conditioning import Conditioner
+from .config import PARTS, TEXT_ENCODER, ModelConfig, read_config
+from .dit import DiT
+from .errors import ConfigError, InputError, TokenizerError, WeightsError
+from .names import PREFIXES, Entry, entries, number_prefix, t5_prefix
+from .oobleck import Autoencoder
+from .schema import nearest
+from .tensorfile import Stored, open_tensors, write_tensors
+from .tokenizer import Tokenizer
+
+_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+_REFERENCE_FREQUENCIES = 128
+# tensors without a place here, and why; the first follows from the head size
+_INV_FREQ = "model.model.transformer.rotary_pos_emb.inv_freq"
+_T5_DECODER = ("decoder.", "lm_head.")
+# what an untrained half precision frequency would cost is a wrong time
+_ALWAYS_FLOAT32 = ("timestep_frequencies",)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What was asked for of a model folder; the rest is None, and so is the tokenizer where there is no spiece.model."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    conditioner: Conditioner | None
+    dit: DiT | None
+    autoencoder: Autoencoder | None
+
+
+def load_parts(folder: Path | str, parts: Sequence[str] = PARTS, dtype: str | None = None) -> Parts:
+    """Load a model folder.
+
+    `dtype` float32, float16 or bfloat16 is that of the DiT and the autoencoder; None means float16 on a GPU and float32
+    on the CPU, where half precision is slow. The conditioner is always float32.
+    Raises ConfigError, TokenizerError or WeightsError.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}, expected {', '.join(_DTYPES)}{nearest(dtype, list(_DTYPES))}")
+    half = mx.float32 if mx.default_device() == mx.cpu else mx.float16
+    folder = Path(folder)
+    config, modules, stored = _open(folder, parts)
+    for part, module in modules.items():
+        wanted = mx.float32 if part == "conditioner" else _DTYPES[dtype] if dtype else half
+        module.load_weights([(entry.target, _read(entry, stored, wanted)) for entry in entries(module)], strict=True)
+    tokenizer = _read_tokenizer(folder, config) if config.conditioning else None
+    return Parts(config, tokenizer, *(modules.get(part) for part in PARTS))
+
+
+def read_tensors(folder: Path | str, parts: Sequence[str] = PARTS) -> dict[str, mx.array]:
+    """A folder's tensors under their names in a model folder, weight norm fused; checked as `load_parts` does."""
+    _, modules, stored = _open(Path(folder), parts)
+    return {entry.source: stored[entry.source].read() for module in modules.values() for entry in entries(module)}
+
+
+def save(
+    folder: Path | str,
+    config: dict[str, Any],
+    tensors: Mapping[str, mx.array | np.ndarray],
+    spiece: Path | str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model folder, whole or not at all.
+
+    `config` is the model config as JSON; `tensors` go by their names in a model folder, weight norm fused, and are all
+    that the config asks for of the parts they belong to. Raises InputError for a folder that exists, unless
+    `overwrite`, and ConfigError or WeightsError.
+    """
+    folder = Path(folder)
+    if folder.exists() and not overwrite:
+        raise InputError(f"{folder} exists already; ask for it to be overwritten, or choose another name")
+    parts = [part for part, prefix in PREFIXES.items() if any(name.startswith(prefix) for name in tensors)]
+    shapes = {name: tuple(array.shape) for name, array in tensors.items()}
+    modules = _build(ModelConfig.from_dict(config, parts), shapes)
+    _check([entry for module in modules.values() for entry in entries(module)], shapes, "what is to be saved")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            new, old = Path(scratch) / "new", Path(scratch) / "old"
+            new.mkdir()
+            write_tensors(new / "model.safetensors", tensors)
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            if spiece is not None:
+                shutil.copyfile(spiece, new / "spiece.model")
+            if folder.exists():
+                folder.rename(old)
+            try:
+                new.rename(folder)
+            except OSError:
+                if old.exists():
+                    old.rename(folder)
+                raise
+    except OSError as error:
+        raise WeightsError(f"cannot write {folder}: {error.strerror or error}") from None
+
+
+def _open(folder: Path, parts: Sequence[str]) -> tuple[ModelConfig, dict[str, nn.Module], dict[str, Stored]]:
+    """Config, unfilled modules and stored tensors of the parts. Names and shapes are checked, nothing big is read."""
+    main = folder / "model.safetensors"
+    _refuse_pickles(folder, main)
+    config = read_config(folder, parts)
+    stored = open_tensors(main)
+    t5 = t5_prefix(config.prompt.id) if config.conditioning else None
+    if t5 and not any(name.startswith(t5) for name in stored):
+        stored |= {t5 + name: tensor for name, tensor in _open_text_encoder(folder).items()}
+    others = tuple(prefix for part, prefix in PREFIXES.items() if part not in parts)
+    stored = {name: tensor for name, tensor in stored.items() if not name.startswith(others)}
+    stored.pop(_INV_FREQ, None)
+    if t5:
+        _check_tied(stored, t5)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    modules = _build(config, shapes)
+    _check([entry for module in modules.values() for entry in entries(module)], shapes, str(main))
+    return config, modules, stored
+
+
+def _refuse_pickles(folder: Path, main: Path) -> None:
+    found = [folder] if folder.is_file() else sorted(folder.glob("*")) if not main.is_file() else []
+    for path in found:
+        if path.suffix in _PICKLES:
+            raise WeightsError(
+                f"{path} is a pickle, which can run code when it is read; use the model.safetensors that its publisher "
+                "offers beside it, or make one in a sandbox with torch.load(…, weights_only=True) and "
+                "safetensors.torch.save_file"
+            )
+
+
+def _open_text_encoder(folder: Path) -> dict[str, Stored]:
+    path = folder / TEXT_ENCODER / "model.safetensors"
+    if not path.is_file():
+        raise WeightsError(
+            f"{folder} has no text encoder: put T5's config.json, model.safetensors and spiece.model into {path.parent}"
+        )
+    # only the encoder has a place here
+    return {name: tensor for name, tensor in open_tensors(path).items() if not name.startswith(_T5_DECODER)}
+
+
+def _check_tied(stored: dict[str, Stored], t5: str) -> None:
+    """Take the second copy of T5's table out, which must equal the first."""
+    table, copy = stored.get(f"{t5}shared.weight"), stored.get(f"{t5}encoder.embed_tokens.weight")
+    if table and copy and table.shape == copy.shape and mx.array_equal(table.read(), copy.read()).item():
+        del stored[f"{t5}encoder.embed_tokens.weight"]
+
+
+def _build(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Module]:
+    """A module for each part that the config was read for; the numbers of frequencies stand in the stored shapes alone."""
+    modules: dict[str, nn.Module] = {}
+    if config.conditioning:
+        found = {number.id: shapes.get(number_prefix(number.id) + "0.weights", ()) for number in config.numbers}
+        frequencies = {id_: shape[0] if len(shape) == 1 else _REFERENCE_FREQUENCIES for id_, shape in found.items()}
+        modules["conditioner"] = Conditioner(config.conditioning, frequencies)
+    if config.dit:
+        modules["dit"] = DiT(config.dit)
+    if config.autoencoder:
+        modules["autoencoder"] = Autoencoder(config.autoencoder)
+    return modules
+
+
+def _check(expected: Iterable[Entry], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuse tensors that are missing, of another shape, or without a place."""
+    wanted = {entry.source: entry.shape for entry in expected}
+    missing = [name for name in wanted if name not in shapes]
+    unknown = [name for name in shapes if name not in wanted]
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        near = nearest(missing[0], unknown)
+        raise WeightsError(f"{where} lacks the tensor {missing[0]!r}, expected {wanted[missing[0]]}{others}{near}")
+    if unknown:
+        others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise WeightsError(f"{where} has the tensor {unknown[0]!r}{others}, for which this model has no place")
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise WeightsError(f"tensor {name!r} in {where} is {shapes[name]}, expected {shape}")
+
+
+def _read(entry: Entry, stored: Mapping[str, Stored], dtype: mx.Dtype) -> mx.array:
+    """A parameter from its stored tensor, evaluated."""
+    tensor = stored[entry.source]
+    array = tensor.read()
+    value = entry.convert(array.astype(mx.float32)) if entry.convert else array
+    value = mx.contiguous(value.astype(mx.float32 if entry.target in _ALWAYS_FLOAT32 else dtype))
+    finite = mx.isfinite(array).all() & mx.isfinite(value).all()
+    if not finite.item():
+        raise WeightsError(f"tensor {entry.source!r} in {tensor.file} has values that are not finite in {value.dtype}")
+    return value
+
+
+def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
+    for path in (folder / "spiece.model", folder / TEXT_ENCODER / "spiece.model"):
+        if path.is_file():
+            tokenizer = Tokenizer(path, config.prompt.encode_length)
+            if len(tokenizer) > config.prompt.t5_config.vocab_size:
+                rows = config.prompt.t5_config.vocab_size
+                raise TokenizerError(f"{path} has {len(tokenizer)} pieces, T5's table only {rows} rows")
+            return tokenizer
+    return None
