@@ -15,6 +15,7 @@ from .t5 import T5Config, T5Encoder
 FEATURES = ("x", "sin", "cos")
 # x·w times 2, then times pi in float32: the order of the reference's multiplications
 ANGLE_CONSTANTS = (2.0, 3.1415927410125732)
+_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,11 @@ class NumberEmbedder(nn.Module):
             angles = angles * constant
         features = {"x": x, "sin": mx.sin(angles), "cos": mx.cos(angles)}
         features = mx.concatenate([features[name] for name in config.features], axis=1)
-        # a matrix product may round to TF32 on a GPU, which is 3e-4 off here
-        return (features[:, None, :] * self.weight).sum(-1) + self.bias
+        # no matrix product: on a GPU it may round to TF32, which is 3e-4 off here
+        terms = features[:, None, :] * self.weight
+        # summed in blocks, as the CPU adds one by one: 257 terms in a row lose most of the bound of 1e-6
+        terms = mx.pad(terms, ((0, 0), (0, 0), (0, -terms.shape[-1] % _BLOCK)))
+        return terms.reshape(*terms.shape[:2], -1, _BLOCK).sum(-1).sum(-1) + self.bias
 
 
 class Conditioner(nn.Module):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .schema import Section, check
 
@@ -124,6 +125,11 @@ class DiTConfig:
         return max(self.head_dim // 2, 32)
 
 
+def silu(x: mx.array) -> mx.array:
+    """Without the mx.compile of nn.silu, which on a CPU runs a C++ compiler for a second at the first call."""
+    return x * mx.sigmoid(x)
+
+
 class Attention(nn.Module):
     """What self- and cross-attention share: heads, their optional norm, and the way out."""
 
@@ -150,6 +156,9 @@ class SelfAttention(Attention):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)
         self.rotary_dim = config.rotary_dim
+        # given as float32 powers, as the reference takes them; from a base, angles at position 1000 are 2e-4 apart
+        exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
+        self._periods = mx.array(np.float32(10000) ** exponents)
         self.to_qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -159,7 +168,7 @@ class SelfAttention(Attention):
         return self.attend(self.rotate(q), self.rotate(k), v)
 
     def rotate(self, x: mx.array) -> mx.array:
-        return mx.fast.rope(x, self.rotary_dim, traditional=False, base=10000.0, scale=1.0, offset=0)
+        return mx.fast.rope(x, self.rotary_dim, traditional=False, base=None, scale=1.0, offset=0, freqs=self._periods)
 
 
 class CrossAttention(Attention):
@@ -187,7 +196,7 @@ class FeedForward(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         value, gate = mx.split(self.proj_in(x), 2, axis=-1)
-        return self.proj_out(value * nn.silu(gate))
+        return self.proj_out(value * silu(gate))
 
 
 class Block(nn.Module):
@@ -215,7 +224,7 @@ class Embedder(nn.Module):
         self.second = nn.Linear(dim, dim, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.second(nn.silu(self.first(x)))
+        return self.second(silu(self.first(x)))
 
 
 class Prepared(NamedTuple):

@@ -128,7 +128,7 @@ def _rename(target: str, table: dict[str, str]) -> str:
 
 
 def _stored_layout(owner: nn.Module, target: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Convert | None]:
-    """The stored shape and how it becomes ours. torch keeps kernels as (out, in, k), transposed ones as (in, out, k)."""
+    """The stored shape and how it becomes ours. torch keeps kernels as (out, in, k), transposed (in, out, k)."""
     key = target.rpartition(".")[2]
     if isinstance(owner, Snake):
         return shape, mx.exp if key == "frequency" else lambda beta: 1 / (mx.exp(beta) + 1e-9)

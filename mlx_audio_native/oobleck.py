@@ -217,8 +217,13 @@ class Snake(nn.Module):
         return x + self.magnitude * mx.square(mx.sin(self.frequency * x))
 
 
+class ELU(nn.Module):
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.where(x > 0, x, mx.expm1(x))
+
+
 def _activation(config: OobleckConfig, channels: int) -> nn.Module:
-    return Snake(channels) if config.use_snake else nn.ELU()
+    return Snake(channels) if config.use_snake else ELU()
 
 
 class Sequence(nn.Module):

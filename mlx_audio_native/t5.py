@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -91,6 +92,11 @@ class T5Config:
         return config
 
 
+def gelu(x: mx.array) -> mx.array:
+    """GELU in its tanh form; without the mx.compile of nn.gelu_approx, which on a CPU runs a C++ compiler first."""
+    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
 class Attention(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -122,7 +128,7 @@ class FeedForward(nn.Module):
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        hidden = nn.gelu_approx(self.gate(x)) * self.wi(x) if self.gated else nn.relu(self.wi(x))
+        hidden = gelu(self.gate(x)) * self.wi(x) if self.gated else mx.maximum(self.wi(x), 0)
         return self.wo(hidden)
 
 

@@ -1,4 +1,4 @@
-"""Safetensors files: headers checked on opening, tensors read when asked for, weight norm fused, a fixed order on writing."""
+"""Safetensors files: header checked on opening, tensors read on demand, weight norm fused; written in a fixed order."""
 
 from __future__ import annotations
 

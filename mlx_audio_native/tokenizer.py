@@ -36,7 +36,7 @@ class Tokenizer:
         return self._pieces.get_piece_size()
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Texts to ids and mask, int32 (B, length): the end token last, padding after it; a longer text is cut before it.
+        """Texts to ids and mask, int32 (B, length): tokens, the end token, padding. A longer text is cut before its end.
 
         Raises InputError.
         """

@@ -33,13 +33,13 @@ _REFERENCE_FREQUENCIES = 128
 # tensors without a place here, and why; the first follows from the head size
 _INV_FREQ = "model.model.transformer.rotary_pos_emb.inv_freq"
 _T5_DECODER = ("decoder.", "lm_head.")
-# what an untrained half precision frequency would cost is a wrong time
+# in half precision they would shift the time
 _ALWAYS_FLOAT32 = ("timestep_frequencies",)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What was asked for of a model folder; the rest is None, and so is the tokenizer where there is no spiece.model."""
+    """What was asked for of a model folder. The rest is None, as is the tokenizer where there is no spiece.model."""
 
     config: ModelConfig
     tokenizer: Tokenizer | None
@@ -155,14 +155,14 @@ def _open_text_encoder(folder: Path) -> dict[str, Stored]:
 
 
 def _check_tied(stored: dict[str, Stored], t5: str) -> None:
-    """Take the second copy of T5's table out, which must equal the first."""
+    """Take out a second copy of T5's table, if it equals the first."""
     table, copy = stored.get(f"{t5}shared.weight"), stored.get(f"{t5}encoder.embed_tokens.weight")
     if table and copy and table.shape == copy.shape and mx.array_equal(table.read(), copy.read()).item():
         del stored[f"{t5}encoder.embed_tokens.weight"]
 
 
 def _build(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Module]:
-    """A module for each part that the config was read for; the numbers of frequencies stand in the stored shapes alone."""
+    """A module for each part that the config was read for; how many frequencies a number has, only its shapes say."""
     modules: dict[str, nn.Module] = {}
     if config.conditioning:
         found = {number.id: shapes.get(number_prefix(number.id) + "0.weights", ()) for number in config.numbers}
