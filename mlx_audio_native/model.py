@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -19,7 +20,7 @@ from . import __version__
 from .audio import Audio, Recipe
 from .config import PARTS
 from .dit import Prepared
-from .errors import MlxAudioError
+from .errors import InputError, MlxAudioError
 from .request import Clip, Request, check_request
 from .sampling import State, clip_noise, guided, sample
 from .weights import load_parts
@@ -66,7 +67,15 @@ class Model:
         the window if that is shorter. A progress bar shows on a terminal. Raises InputError, or MlxAudioError if the
         result is not finite.
         """
-        request = check_request(self.config, prompt, seconds, steps, cfg_scale, negative_prompt, seed, sampler)
+        request = self._check(
+            prompt=prompt,
+            seconds=seconds,
+            steps=steps,
+            cfg_scale=cfg_scale,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            sampler=sampler,
+        )
         with _stage("text and seconds"):
             prepared = self._prepare(request)
         with _stage("sampling"):
@@ -87,8 +96,21 @@ class Model:
 
         They are not evaluated; that is the caller's, with `mx.eval(state.latents)`.
         """
-        request = check_request(self.config, prompt, **options)
+        request = self._check(prompt=prompt, **options)
         return self._denoise(request, self._prepare(request))
+
+    def _check(self, **arguments: Any) -> Request:
+        """The request, if this model can honour it. Raises InputError; warns of what the model will not hear."""
+        if None in (self.conditioner, self.dit, self.autoencoder):
+            raise InputError(f"making audio takes all of a model's parts: {', '.join(PARTS)}")
+        if self.tokenizer is None:
+            raise InputError(f"{self.folder} has no spiece.model to read text with")
+        request = check_request(self.config, **arguments)
+        for text in dict.fromkeys([*(clip.prompt for clip in request.clips), request.negative_prompt or ""]):
+            if cut := self.tokenizer.find_cut(text):
+                limit = self.config.prompt.max_length
+                warnings.warn(f"the prompt is longer than {limit} tokens, so this is not heard: {cut!r}", stacklevel=4)
+        return request
 
     def _prepare(self, request: Request) -> Prepared:
         """What the DiT needs of the conditioning; under guidance for two batches, conditional and unconditional."""

@@ -29,6 +29,7 @@ class Stored(NamedTuple):
     """A tensor in a file. `read` gives its values, and raises WeightsError if its dtype is none of a weight's."""
 
     file: Path
+    dtype: str
     shape: tuple[int, ...]
     read: Callable[[], mx.array]
 
@@ -50,7 +51,7 @@ def open_tensors(path: Path) -> dict[str, Stored]:
     for name, entry in header.items():
         start = 8 + length + entry["data_offsets"][0]
         shape = tuple(entry["shape"])
-        stored[name] = Stored(path, shape, partial(_read, path, name, entry["dtype"], shape, start))
+        stored[name] = Stored(path, entry["dtype"], shape, partial(_read, path, name, entry["dtype"], shape, start))
     return _fuse_weight_norm(stored, path)
 
 
@@ -75,7 +76,7 @@ def _fuse_weight_norm(stored: dict[str, Stored], path: Path) -> dict[str, Stored
             expected = v.shape[:1] + (1,) * (len(v.shape) - 1)
             if g.shape != expected:
                 raise WeightsError(f"tensor {layer + magnitude!r} in {path} is {g.shape}, expected {expected}")
-            stored[layer + "weight"] = Stored(path, v.shape, partial(_fused, g, v))
+            stored[layer + "weight"] = Stored(path, v.dtype, v.shape, partial(_fused, g, v))
             del stored[layer + magnitude], stored[name]
     return stored
 

@@ -1,0 +1,202 @@
+"""The command line: thin commands over the package. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import re
+import secrets
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import NamedTuple
+
+from . import MlxAudioError, __version__
+from .errors import InputError
+
+log = logging.getLogger(__name__)
+# options of `generate` that a recipe holds too, by the names of both and of Model.generate
+_REQUEST = ("prompt", "seconds", "steps", "seed", "cfg_scale", "negative_prompt", "sampler")
+
+
+class Command(NamedTuple):
+    name: str
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def generate_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("prompt", nargs="?", metavar="PROMPT", help="what to make, e.g. 'kick drum loop, 120 BPM'")
+    add("--seconds", type=float, help="length of the clip (default: 4, or the model's window if that is shorter)")
+    add("--steps", type=int, help="sampling steps (default: what the model is made for)")
+    add("--seed", type=int, help="the same seed makes the same clip (default: drawn, and kept in the file)")
+    add("--cfg-scale", type=float, metavar="SCALE", help="guidance; 1 is none (default: what the model is made for)")
+    add("--negative-prompt", metavar="TEXT", help="what to guide away from, at another --cfg-scale than 1")
+    add("--sampler", metavar="NAME", help="pingpong, euler, rk4 or dpmpp (default: what the model is made for)")
+    add("--count", type=int, default=1, metavar="N", help="clips to make, from seeds SEED, SEED+1, …")
+    add("--output", type=Path, metavar="PATH", help="a .wav file or a folder (default: a new file named by the prompt)")
+    add("--overwrite", action="store_true", help="replace what --output names")
+    add("--from", dest="source", type=Path, metavar="FILE.wav", help="make a file's clip again; other options override")
+    add("--model", metavar="DIR", help="a model folder (default: the embedded model)")
+
+
+def generate(args: argparse.Namespace) -> None:
+    from . import load, read_recipe
+
+    options = {name: value for name in _REQUEST if (value := getattr(args, name)) is not None}
+    recipe = read_recipe(args.source) if args.source else None
+    if recipe:
+        options = {name: getattr(recipe, name) for name in _REQUEST} | options
+    if "prompt" not in options:
+        args.parser.error("give a PROMPT, or --from FILE.wav")
+    if args.count < 1:
+        raise InputError(f"--count must be at least 1, not {args.count}")
+    paths = _output_paths(args.output, options["prompt"], args.count, args.overwrite)
+    start = time.perf_counter()
+    model = load(args.model)
+    log.info("%-18s %7.3f s", "loading", time.perf_counter() - start)
+    if recipe and recipe.model_sha256 != model.sha256:
+        warnings.warn(f"{args.source} was made by other weights ({recipe.model}): the sound will differ", stacklevel=1)
+    seed = options.pop("seed", None)
+    for clip_seed, path in enumerate(paths, start=secrets.randbelow(2**32) if seed is None else seed):
+        audio = model.generate(**options, seed=clip_seed)
+        audio.save(path, args.overwrite)
+        print(f"{path}: {audio.recipe.seconds:g} s, seed {clip_seed}")
+    _log_machine()
+
+
+def _output_paths(output: Path | None, prompt: str, number: int, overwrite: bool) -> list[Path]:
+    """Where clips go. A file that --output names must be free; a name made from the prompt gets a number to be so."""
+    from .audio import check_output
+
+    named = output is not None and not output.is_dir()
+    slug = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:50] or "clip"
+    base = output if named else (output or Path()) / f"{slug}.wav"
+    paths = chain([base], (base.with_name(f"{base.stem}-{index}{base.suffix}") for index in count(2)))
+    if not named and not overwrite:
+        paths = (path for path in paths if not path.exists())
+    chosen = list(islice(paths, number))
+    for path in chosen:
+        check_output(path, overwrite)
+    return chosen
+
+
+def _log_machine() -> None:
+    import mlx.core as mx
+
+    log.info("peak memory %.0f MB, MLX %s on %s", mx.get_peak_memory() / 1e6, mx.__version__, mx.default_device())
+
+
+def info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="FILE.wav|DIR", help="a generated clip, or a model folder")
+
+
+def info(args: argparse.Namespace) -> None:
+    if args.path.is_dir():
+        info_model(args.path)
+    else:
+        info_clip(args.path)
+
+
+def info_clip(path: Path) -> None:
+    from . import read_recipe
+
+    for name, value in asdict(read_recipe(path)).items():
+        print(f"{name + ':':17}{value!r}")  # repr: a stranger's file must not steer the terminal
+
+
+def info_model(folder: Path) -> None:
+    from .config import TEXT_ENCODER, read_config
+    from .names import PREFIXES
+    from .sampling import DEFAULTS
+    from .tensorfile import open_tensors
+
+    files = [folder / "model.safetensors"]
+    tensors = open_tensors(files[0])
+    parts = [part for part, prefix in PREFIXES.items() if any(name.startswith(prefix) for name in tensors)]
+    config = read_config(folder, parts)
+    if (beside := folder / TEXT_ENCODER / "model.safetensors").is_file():
+        files.append(beside)
+        tensors |= {PREFIXES["conditioner"] + name: tensor for name, tensor in open_tensors(beside).items()}
+    for file in files:
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+    for part in parts:
+        parameters: Counter[str] = Counter()
+        for name, tensor in tensors.items():
+            if name.startswith(PREFIXES[part]):
+                parameters[tensor.dtype] += math.prod(tensor.shape)
+        print(f"{part}: " + ", ".join(f"{number:,} parameters in {dtype}" for dtype, number in parameters.items()))
+    if config.conditioning:
+        t5 = config.prompt.t5_config
+        print(f"text: up to {config.prompt.max_length} tokens, T5 of {t5.num_layers} layers, {t5.d_model} wide")
+        for number in config.numbers:
+            print(f"{number.id}: {number.min:g} to {number.max:g}")
+    if config.dit:
+        dit = config.dit
+        print(
+            f"transformer: {dit.depth} layers, {dit.embed_dim} wide, {dit.num_heads} heads, objective {dit.objective}"
+        )
+        if dit.objective in DEFAULTS:
+            default = DEFAULTS[dit.objective]
+            print(f"defaults: {default.steps} steps of {default.sampler}, cfg scale {default.cfg_scale:g}")
+    if config.autoencoder:
+        window = config.autoencoder.decoded_frames(config.latent_length) / config.sample_rate
+        print(f"audio: {config.sample_rate} Hz, {config.audio_channels} channels, up to {window:.3f} s")
+        print(f"latents: {config.autoencoder.decoder.latent_dim} channels, {config.downsampling_ratio} frames each")
+
+
+COMMANDS = (
+    Command("generate", "a prompt in, a WAV out", generate_arguments, generate),
+    Command("info", "what made a clip, or what a model folder holds", info_arguments, info),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        "mlx-audio-native", description="Text to audio with Stable Audio Open models, in MLX."
+    )
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = commands.add_parser(command.name, help=command.summary, description=command.summary)
+        command.add_arguments(sub)
+        sub.add_argument("--verbose", action="store_true", help="tell the time of each stage, and the peak memory")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(run=command.run, parser=sub)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0, or 1 after an error that one line on stderr tells, or 130 if interrupted. Exits with 2 itself
+    for a wrong command line."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger(__package__).setLevel(logging.INFO if args.verbose else logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            args.run(args)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:  # whatever it is, a person gets a sentence, and the traceback on request
+            if args.debug:
+                traceback.print_exc()
+            kind = "" if isinstance(error, MlxAudioError | OSError) else f"unexpected {type(error).__name__}: "
+            print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def run() -> None:
+    sys.exit(main())

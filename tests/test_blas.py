@@ -1,0 +1,42 @@
+"""Which BLAS MLX calls on Linux, and what is said where MLX has no back end. Each in a process of its own."""
+
+import ctypes.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mlx_audio_native.blas import SWITCH
+
+MATMUL_SECONDS = """
+import time, mlx_audio_native, mlx.core as mx
+a = mx.random.normal((640, 640))
+def run():
+    start = time.perf_counter()
+    mx.eval(a @ a)
+    return time.perf_counter() - start
+print(min(run() for _ in range(4)))
+"""
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or ctypes.util.find_library("openblas") is None, reason="OpenBLAS is not installed"
+)
+def test_an_installed_openblas_is_used_unless_switched_off():
+    seconds = {switch: float(run_python(MATMUL_SECONDS, **{SWITCH: switch}).stdout) for switch in ("1", "0")}
+    assert seconds["1"] < seconds["0"] / 3, seconds
+
+
+def test_no_back_end_is_said_in_one_line(tmp_path):
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
+    command = "import sys; from mlx_audio_native.cli import main; sys.exit(main(['generate', 'kick']))"
+    result = run_python(command, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "mlx-audio-native[cpu]" in result.stderr

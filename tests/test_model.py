@@ -1,0 +1,258 @@
+"""Loading and generating, on a small model of random weights."""
+
+import logging
+import warnings
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_audio_native import load
+from mlx_audio_native.errors import InputError, MlxAudioError
+
+PROMPTS = ["kick drum", "saw bass lead, rising", "sine"]
+
+
+def with_objective(name):
+    def edit(config):
+        config["model"]["diffusion"]["diffusion_objective"] = name
+
+    return edit
+
+
+@pytest.fixture(scope="module")
+def guided_model(make_folder):
+    """rectified_flow: made for guidance, so that its scale is no cause for a warning."""
+    return load(make_folder(with_objective("rectified_flow")))
+
+
+@given(st.floats(0.0006, 6.016))
+def test_frames_are_the_seconds_times_the_rate(small_model, seconds):
+    audio = small_model.generate("kick", seconds=seconds, steps=1, seed=0)
+    assert audio.samples.shape == (round(seconds * 1000), 2)
+    assert audio.samples.dtype == np.float32 and audio.sample_rate == 1000
+
+
+def test_defaults_are_four_seconds_and_what_the_objective_wants(small_model, guided_model):
+    recipe = small_model.generate("kick").recipe
+    assert (recipe.seconds, recipe.steps, recipe.sampler, recipe.cfg_scale) == (4, 8, "pingpong", 1)
+    recipe = guided_model.generate("kick", seconds=1).recipe
+    assert (recipe.steps, recipe.sampler, recipe.cfg_scale) == (50, "euler", 7)
+
+
+def test_a_short_window_is_the_default_length(make_folder):
+    model = load(make_folder(lambda config: config.update(sample_size=2048)))
+    assert len(model.generate("kick", steps=1).samples) == 2048
+
+
+@pytest.mark.parametrize("sampler", ["pingpong", "euler", "rk4", "dpmpp"])
+def test_a_batch_equals_its_clips_alone(guided_model, sampler):
+    options = {"steps": 4, "sampler": sampler, "cfg_scale": 3.0, "negative_prompt": "hi-hat"}
+    seconds, seeds = [1.0, 2.5, 0.3], [5, 6, 5]
+    together = guided_model.generate(PROMPTS, seconds=seconds, seed=seeds, **options)
+    for prompt, length, seed, clip in zip(PROMPTS, seconds, seeds, together, strict=True):
+        alone = guided_model.generate(prompt, seconds=length, seed=seed, **options)
+        assert alone.recipe == clip.recipe
+        assert np.linalg.norm(alone.samples - clip.samples) < 1e-4 * np.linalg.norm(alone.samples)
+
+
+def test_the_same_seed_is_the_same_clip_and_another_is_another(small_model):
+    first, again, other = (small_model.generate("kick", seconds=1, seed=seed).samples for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.allclose(first, other)
+
+
+def test_one_value_serves_every_clip_of_a_batch(small_model):
+    clips = small_model.generate(PROMPTS, seconds=1, seed=3, steps=1)
+    assert [clip.recipe.seed for clip in clips] == [3, 3, 3]
+    clips = small_model.generate("kick", seconds=[1, 2], seed=[1, 2], steps=1)
+    assert [(clip.recipe.prompt, clip.recipe.seconds, clip.recipe.seed) for clip in clips] == [
+        ("kick", 1, 1),
+        ("kick", 2, 2),
+    ]
+    (clip,) = small_model.generate(["kick"], steps=1)
+    assert clip.recipe.prompt == "kick"
+
+
+def test_a_seed_is_drawn_for_each_clip_and_makes_it_again(small_model):
+    clips = small_model.generate(["kick", "kick"], seconds=1, steps=2)
+    assert clips[0].recipe.seed != clips[1].recipe.seed
+    again = small_model.generate("kick", seconds=1, steps=2, seed=clips[1].recipe.seed)
+    np.testing.assert_allclose(again.samples, clips[1].samples, rtol=1e-4, atol=1e-3)
+
+
+def test_what_is_asked_for_changes_the_sound(guided_model):
+    plain = {"prompt": "kick", "seconds": 1.0, "seed": 1, "steps": 3, "cfg_scale": 3.0}
+    base = guided_model.generate(**plain).samples
+    changes = {
+        "prompt": "snare",
+        "negative_prompt": "sine",
+        "cfg_scale": 1.0,
+        "sampler": "rk4",
+        "steps": 4,
+        "seconds": 1.1,
+    }
+    for name, value in changes.items():
+        changed = guided_model.generate(**plain | {name: value}).samples[: len(base)]
+        assert np.abs(changed - base).max() > 1e-3 * np.abs(base).max(), name
+
+
+def test_guidance_with_null_is_the_definition(guided_model):
+    """One Euler step from t = 1 is x - v, with v = vu + s·(vc - vu), and vu heard with all tokens zero."""
+    seed, scale = 4, 2.5
+    *_, last = guided_model.sample("kick", seconds=2, steps=1, cfg_scale=scale, seed=seed)
+    encoded = guided_model.conditioner.encode(*guided_model.tokenizer.encode(["kick"]), seconds_total=[2.0])
+    noise = mx.random.normal((188, 8), key=mx.random.split(mx.random.key(seed))[1])[None]
+    at, tokens = mx.ones((1,)), encoded.cross_attention
+    conditional = guided_model.dit(noise, at, tokens, encoded.global_cond)
+    unconditional = guided_model.dit(noise, at, mx.zeros_like(tokens), encoded.global_cond)
+    expected = noise - (unconditional + scale * (conditional - unconditional))
+    np.testing.assert_allclose(np.array(last.latents), np.array(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_sample_yields_every_step_of_the_whole_window(small_model):
+    states = list(small_model.sample(PROMPTS, seconds=[1, 2, 3], steps=5, seed=0))
+    assert [(state.step, state.steps) for state in states] == [(i, 5) for i in range(1, 6)]
+    assert all(state.latents.shape == (3, 188, 8) for state in states)
+    whole = np.array(small_model.autoencoder.decode(states[-1].latents))
+    for clip, samples in zip(small_model.generate(PROMPTS, seconds=[1, 2, 3], steps=5, seed=0), whole, strict=True):
+        np.testing.assert_allclose(clip.samples, samples[: len(clip.samples)], atol=1e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("strides", [[4, 8], [3, 5], [8, 2], [1, 7]])
+@given(frames=st.integers(1, 400))
+def test_no_latent_that_a_clip_needs_is_left_out(oobleck_of, strides, frames):
+    autoencoder, latents, whole = oobleck_of(tuple(strides))
+    needed = autoencoder.config.latents_for(frames)
+    part = np.array(autoencoder.decode(latents[:, :needed]))
+    assert autoencoder.config.decoded_frames(latents.shape[1]) == whole.shape[1]
+    np.testing.assert_allclose(part[:, :frames], whole[:, :frames], atol=1e-5 * np.abs(whole).max())
+
+
+@pytest.fixture(scope="module")
+def oobleck_of(make_folder):
+    made = {}
+
+    def make(strides):
+        if strides not in made:
+
+            def edit(config):
+                section = config["model"]["pretransform"]["config"]
+                section["downsampling_ratio"] = int(np.prod(strides))
+                for coder in ("encoder", "decoder"):
+                    section[coder]["config"]["strides"] = list(strides)
+
+            autoencoder = load(make_folder(edit), parts=("autoencoder",)).autoencoder
+            latents = mx.random.normal((1, 100, 8), key=mx.random.key(1))
+            made[strides] = autoencoder, latents, np.array(autoencoder.decode(latents))
+        return made[strides]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": " \n"}, "the prompt is empty"),
+        ({"prompt": 3}, "the prompt must be text"),
+        ({"prompt": "\ud800"}, "not valid Unicode"),
+        ({"prompt": []}, "a batch needs"),
+        ({"prompt": ["kick", ""]}, "the prompt is empty"),
+        ({"seconds": 0}, "seconds must be above 0"),
+        ({"seconds": -1}, "seconds must be above 0"),
+        ({"seconds": 1e-5}, "seconds must be above 0"),
+        ({"seconds": float("nan")}, "seconds must be a finite number"),
+        ({"seconds": float("inf")}, "seconds must be a finite number"),
+        ({"seconds": "long"}, "seconds must be a number"),
+        ({"seconds": 6.1}, r"seconds must be at most 6\.016, the window of this model, not 6\.1"),
+        ({"seconds": 1e308}, r"seconds must be at most 6\.016"),
+        ({"seconds": [1, 2], "seed": [1, 2, 3]}, "found 2 lengths, 3 seeds"),
+        ({"steps": 0}, "steps must be from 1 to"),
+        ({"steps": 2.5}, "steps must be a whole number"),
+        ({"seed": -1}, "seed must be from 0 to"),
+        ({"seed": 2**64}, "seed must be from 0 to"),
+        ({"seed": 0.5}, "seed must be a whole number"),
+        ({"cfg_scale": float("nan")}, "cfg_scale must be a finite number"),
+        ({"negative_prompt": "sine"}, "negative prompt does nothing at cfg_scale 1"),
+        ({"negative_prompt": "", "cfg_scale": 2}, "the negative prompt is empty"),
+        ({"sampler": "ddim"}, "unknown sampler 'ddim'.*pingpong"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(small_model, options, problem):
+    for method in (small_model.generate, small_model.sample):
+        with pytest.raises(InputError, match=problem) as caught:
+            method(**{"prompt": "kick"} | options)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_longest_and_shortest_clips_are_made(small_model):
+    assert len(small_model.generate("kick", seconds=6.016, steps=1).samples) == 6016
+    assert len(small_model.generate("kick", seconds=0.001, steps=1).samples) == 1
+
+
+def test_guidance_of_an_rf_denoiser_is_warned_of_in_one_line(small_model, guided_model):
+    with pytest.warns(UserWarning, match="cfg_scale 3") as caught:
+        small_model.generate("kick", seconds=1, steps=1, cfg_scale=3)
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guided_model.generate("kick", seconds=1, steps=1, cfg_scale=3)
+        small_model.generate("kick", seconds=1, steps=1)
+
+
+def test_a_long_prompt_is_cut_with_a_warning_that_shows_what(small_model):
+    start = " ".join(["kick"] * 64)
+    with pytest.warns(UserWarning, match="longer than 64 tokens.*kick snare'") as caught:
+        cut = small_model.generate(f"{start} snare", seconds=1, steps=1, seed=0)
+    assert len(caught) == 1 and len(str(caught[0].message)) < len(start) + 100
+    with pytest.warns(UserWarning, match="sine"):
+        other = small_model.generate(f"{start} sine", seconds=1, steps=1, seed=0)
+    assert np.array_equal(cut.samples, other.samples)
+    assert cut.recipe.prompt == f"{start} snare"
+
+
+def test_v_models_load_and_say_what_is_missing(make_folder):
+    model = load(make_folder(with_objective("v")))
+    with pytest.raises(InputError, match="objective 'v'"):
+        model.generate("kick")
+
+
+def test_generating_takes_all_parts(small_folder):
+    model = load(small_folder, parts=("conditioner", "dit"))
+    assert model.autoencoder is None
+    with pytest.raises(InputError, match="conditioner, dit, autoencoder"):
+        model.generate("kick")
+
+
+def test_a_folder_without_a_tokenizer_takes_no_text(make_folder):
+    folder = make_folder()
+    (folder / "spiece.model").unlink()
+    with pytest.raises(InputError, match=r"spiece\.model"):
+        load(folder).generate("kick")
+
+
+@pytest.mark.parametrize("name", ["dit", "autoencoder"])
+def test_nan_is_an_error(small_folder, name):
+    model = load(small_folder)
+    part = getattr(model, name)
+    leaf = part.project_out if name == "dit" else part.decoder.layers[0]
+    leaf.weight = leaf.weight * float("nan")
+    with pytest.raises(MlxAudioError, match="NaN"):
+        model.generate("kick", seconds=1)
+
+
+def test_the_recipe_names_the_model_by_folder_and_hash(small_model, small_folder):
+    import hashlib
+
+    recipe = small_model.generate("kick", seconds=1, steps=1).recipe
+    assert recipe.model == "small"
+    assert recipe.model_sha256 == hashlib.sha256((small_folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_stages_are_logged(small_model, caplog):
+    with caplog.at_level(logging.INFO, "mlx_audio_native"):
+        small_model.generate("kick", seconds=1, steps=1)
+    assert [message.split("  ")[0] for message in caplog.messages] == ["text and seconds", "sampling", "decoding"]
