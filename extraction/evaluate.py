@@ -40,7 +40,7 @@ class Evaluator:
         self._wiring = wiring
         self._most_bytes = _LIVE_BYTES + wiring.constant_bytes // 2
         self._work_left = _WORK + _WORK_PER_BYTE * wiring.constant_bytes
-        self._constants = Constants(wiring) if type(self) is Evaluator else self
+        self._constants = self if isinstance(self, Constants) else Constants(wiring)
 
     def run(self, feeds: Mapping[int, Any], outputs: Sequence[int]) -> list[Array]:
         """The values of `outputs`. `feeds` gives any tensors of the graph; what lies before them is not evaluated."""

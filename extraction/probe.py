@@ -1,0 +1,190 @@
+"""Identifying what a graph computes between two of its matrix products, by feeding it and looking.
+
+Between products a T5 only norms, moves, masks and activates. Whatever operators an exporter wrote for that, feeding
+the products' outputs with numbers of our choice and reading the next product's input tells which channel went where
+and by which formula. In float64, whole numbers below 2^53 come through unharmed, so that maps and gains are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import log2
+
+import numpy as np
+
+from .errors import ExtractionError
+from .evaluate import Evaluator
+from .graph import Wiring
+
+# large against epsilon, small against the clamps of half-precision exports at 64504
+_LARGE = 1e4
+_EXACT = 1e-9
+_ACTIVATIONS = {
+    "relu": lambda u: np.maximum(u, 0),
+    "gelu": lambda u: _gelu(u, np.sqrt(2 / np.pi), 0.044715),
+    "gelu with half-precision constants": lambda u: _gelu(u, 0.7978515625, 0.044708251953125),
+}
+
+
+def _gelu(u: np.ndarray, a: float, b: float) -> np.ndarray:
+    return 0.5 * u * (1 + np.tanh(a * (u + b * u**3)))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A tensor of `length` rows (positions) by `channels`, in that order in memory whatever its shape."""
+
+    tensor: int
+    channels: int
+
+
+def _split(states: np.ndarray, stages: Sequence[Stage]) -> dict[Stage, np.ndarray]:
+    """Channels counted over all stages, cut into each stage's own."""
+    ends = np.cumsum([stage.channels for stage in stages])
+    return {stage: states[:, end - stage.channels : end] for stage, end in zip(stages, ends, strict=True)}
+
+
+class Probe:
+    """Feeds stages of a graph and reads others; `mask` is fed with ones unless told otherwise."""
+
+    def __init__(self, wiring: Wiring, evaluator: Evaluator, length: int, mask: int | None) -> None:
+        self._wiring, self._evaluator = wiring, evaluator
+        self.length, self.mask = length, mask
+
+    def read(
+        self, feeds: Mapping[Stage, np.ndarray], target: int, mask: np.ndarray | None = None, extra: Mapping | None = None
+    ) -> np.ndarray:
+        """The target tensor, for stages fed with (length, channels) or what broadcasts to it."""
+        given: dict[int, np.ndarray] = dict(extra or {})
+        for stage, value in feeds.items():
+            shape = self._wiring.shape(stage.tensor)
+            if np.prod(shape, dtype=object) != self.length * stage.channels:
+                raise ExtractionError(
+                    f"tensor {stage.tensor} has the shape {list(shape)}, not {self.length} positions × {stage.channels}"
+                )
+            given[stage.tensor] = np.broadcast_to(value, (self.length, stage.channels)).reshape(shape)
+        if self.mask is not None:
+            ones = np.ones(self._wiring.shape(self.mask))
+            given[self.mask] = ones if mask is None else mask.reshape(ones.shape)
+        return self._evaluator.run(given, [target])[0]
+
+    def rows(self, value: np.ndarray, where: str, channels: int) -> np.ndarray:
+        """`value` as (positions, channels)."""
+        if not value.size or value.size % channels:
+            raise ExtractionError(f"{where}: {list(value.shape)} does not divide into rows of {channels}")
+        return value.reshape(-1, channels)
+
+    def norm(self, residual: Sequence[Stage], target: int, where: str) -> tuple[np.ndarray, float]:
+        """Gain (float32) and epsilon of `target = rms_norm(sum of the residual stages)`. Raises ExtractionError."""
+        zeros = {stage: np.zeros(1) for stage in residual}
+        width = residual[0].channels
+        large = self.rows(self.read({**zeros, residual[0]: np.full(1, _LARGE)}, target), where, width)
+        gain = large[0]
+        best = int(np.argmax(np.abs(gain)))
+        if not np.isfinite(gain).all() or gain[best] == 0:
+            raise ExtractionError(f"{where} is no norm of the residual stream")
+        small = self.rows(self.read({**zeros, residual[0]: np.full(1, 1e-3)}, target), where, width)
+        epsilon = 1e-6 * ((gain[best] / small[0, best]) ** 2 - 1) if small[0, best] else -1.0
+        rng = np.random.default_rng(0)
+        feeds = {stage: rng.standard_normal((self.length, width)) for stage in residual}
+        found = self.rows(self.read(feeds, target), where, width)
+        total = sum(feeds.values())[: len(found)]
+        expected = total / np.sqrt((total**2).mean(-1, keepdims=True) + epsilon) * gain
+        if found.shape != expected.shape or not np.abs(found - expected).max() <= _EXACT * np.abs(expected).max():
+            raise ExtractionError(f"{where} is no RMS norm of the residual stream")
+        return gain.astype(np.float32), float(str(np.float32(epsilon)))
+
+    def scores(self, sources: Sequence[Stage], target: int, heads: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+        """What an attention's scores are made of: `scores[h] = q[h] @ k[h]ᵀ + bias[h]`.
+
+        Returns (heads, 2, d_kv) channels of q and of k, counted over all sources, and the bias (heads, T, T) with every
+        position real. One position holds the channels' numbers, the others each pick one channel.
+        """
+        length, total = self.length, sum(stage.channels for stage in sources)
+        if length < 2:
+            raise ExtractionError(f"{where} has a single position, which tells nothing")
+
+        def read(states: np.ndarray) -> np.ndarray:
+            return self.read(_split(states, sources), target).reshape(heads, length, length)
+
+        bias = read(np.zeros((length, total)))
+        pairs: list[list[tuple[int, int]]] = [[] for _ in range(heads)]
+        for first in range(0, total, length - 1):
+            chosen = np.arange(first, min(first + length - 1, total))
+            states = np.zeros((length, total))
+            states[0] = np.arange(1, total + 1)
+            states[1 + np.arange(len(chosen)), chosen] = 1
+            met = np.rint((read(states) - bias)[:, 0, 1 : 1 + len(chosen)]).astype(np.int64)
+            for head, place in zip(*np.nonzero(met), strict=True):
+                pairs[head].append((int(met[head, place]) - 1, int(chosen[place])))
+        sizes = {len(found) for found in pairs}
+        if len(sizes) != 1 or not pairs[0] or not all(0 <= q < total for found in pairs for q, _ in found):
+            raise ExtractionError(f"{where} is no product of queries and keys in {heads} heads")
+        channels = np.array([sorted(found) for found in pairs]).transpose(0, 2, 1)
+        states = np.random.default_rng(0).standard_normal((length, total))
+        q, k = (states[:, channels[:, side]].transpose(1, 0, 2) for side in (0, 1))
+        self._agree(read(states), q @ k.swapaxes(1, 2) + bias, f"{where}: the scores are not q·kᵀ + bias")
+        return channels, bias
+
+    def context(self, weights: int, sources: Sequence[Stage], target: int, heads: int, where: str) -> np.ndarray:
+        """Channels (target channels, 2) of head and value, counted over all sources, for `target = softmax @ values`."""
+        length, total = self.length, sum(stage.channels for stage in sources)
+        shape = self._wiring.shape(weights)
+
+        def read(attention: np.ndarray, states: np.ndarray) -> np.ndarray:
+            value = self.read(_split(states, sources), target, extra={weights: attention.reshape(shape)})
+            return value.reshape(length, -1)
+
+        identity = np.broadcast_to(np.eye(length), (heads, length, length))
+        numbered = np.broadcast_to(np.arange(1, total + 1), (length, total))
+        channels = np.rint(read(identity, numbered)[0]).astype(np.int64) - 1
+        number = np.arange(1, heads + 1)[:, None, None]
+        head = np.rint(read(identity * number, np.ones((length, total)))[0]).astype(np.int64) - 1
+        if channels.min() < 0 or channels.max() >= total or head.min() < 0 or head.max() >= heads:
+            raise ExtractionError(f"{where} is no product of attention and values")
+        rng = np.random.default_rng(0)
+        attention, states = rng.standard_normal((heads, length, length)), rng.standard_normal((length, total))
+        expected = np.stack([attention[h] @ states[:, c] for h, c in zip(head, channels, strict=True)], -1)
+        self._agree(read(attention, states), expected, f"{where}: the context is not attention @ values")
+        return np.stack([head, channels], -1)
+
+    def feed_forward(self, sources: Sequence[Stage], target: int, width: int, where: str) -> tuple[str, np.ndarray]:
+        """The activation's name, and the channels (width, 1) it works on, or (width, 2) with the channels it gates."""
+        total = sum(stage.channels for stage in sources)
+        if total not in (width, 2 * width):
+            raise ExtractionError(f"{where}: {total} channels become {width}, which no T5 does")
+
+        def read(states: np.ndarray) -> np.ndarray:
+            found = []
+            for first in range(0, len(states), self.length):
+                rows = states[first : first + self.length]
+                fed = np.concatenate([rows, np.ones((self.length - len(rows), total))])
+                found.append(self.read(_split(fed, sources), target).reshape(self.length, -1)[: len(rows)])
+            return np.concatenate(found)
+
+        # far above 0 any activation passes its input on, far below it gives 0: the numbers' bits come through as signs
+        bits = np.arange(total) >> np.arange(int(log2(total)) + 1)[:, None] & 1
+        signs = 1 - 2 * bits
+        plus, minus = read(64.0 * signs), read(-64.0 * signs)
+        powers = 1 << np.arange(len(bits))[:, None]
+        channels = [((np.abs(plus) < 1) * powers).sum(0)]
+        if total == 2 * width:
+            channels.append(((np.where(np.abs(plus) < 1, -minus, plus) < 0) * powers).sum(0))
+        channels = np.stack(channels, -1)
+        if channels.shape[0] != width or sorted(channels.reshape(-1)) != list(range(total)):
+            raise ExtractionError(f"{where} is no activation, gated or not, of the channels before it")
+        states = np.random.default_rng(0).standard_normal((self.length, total)) * 3
+        found, active = read(states), states[:, channels[:, 0]]
+        gate = states[:, channels[:, 1]] if total == 2 * width else 1.0
+        distances = {name: np.abs(found - f(active) * gate).max() for name, f in _ACTIVATIONS.items()}
+        name = min(distances, key=lambda name: distances[name])
+        # float32 constants of an exporter are up to 1e-7 off the formula's own
+        if not distances[name] <= 1e-6 * max(1.0, np.abs(found).max()):
+            raise ExtractionError(f"{where}: the activation is neither relu nor gelu in its tanh form")
+        return name, channels
+
+    @staticmethod
+    def _agree(found: np.ndarray, expected: np.ndarray, problem: str) -> None:
+        if found.shape != expected.shape or not np.abs(found - expected).max() <= _EXACT * np.abs(expected).max():
+            raise ExtractionError(problem)
