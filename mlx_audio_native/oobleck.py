@@ -96,7 +96,7 @@ class AutoencoderConfig:
             ("encoder latent_dim", config.encoder.latent_dim, encoded),
             ("decoder latent_dim", config.decoder.latent_dim, latent_dim),
         ):
-            check(value == expected, f"sizes do not fit: {section.where}: {name} is {value}, the rest asks {expected}")
+            check(value == expected, f"sizes do not fit: {section.where}: {name} is {value}, expected {expected}")
         section.one_of("pretransform", (None,), None)
         section.done()
         return config

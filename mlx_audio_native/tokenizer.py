@@ -36,7 +36,7 @@ class Tokenizer:
         return self._pieces.get_piece_size()
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Texts to ids and mask, int32 (B, length): tokens, the end token, padding. A longer text is cut before its end.
+        """Texts to ids and mask, int32 (B, length): tokens, end token, padding; a longer text keeps its first tokens.
 
         Raises InputError.
         """
@@ -55,11 +55,12 @@ class Tokenizer:
         return self._pieces.decode(self._tokenize(text)[self.length - 1 :])
 
     def _tokenize(self, text: str) -> list[int]:
-        tokens: list[int] = []
         try:
-            # a special token spelled out in the text is that token, as in transformers
-            for span in re.split(f"({'|'.join(_SPECIAL)})", text):
-                tokens += [_SPECIAL[span]] if span in _SPECIAL else self._pieces.encode(span)
-        except (TypeError, UnicodeEncodeError):
+            text.encode()
+        except (AttributeError, UnicodeEncodeError):
             raise InputError(f"a text must be a string of valid characters, found {text!r:.60}") from None
+        tokens: list[int] = []
+        # a special token spelled out in the text is that token, as in transformers
+        for span in re.split(f"({'|'.join(_SPECIAL)})", text):
+            tokens += [_SPECIAL[span]] if span in _SPECIAL else self._pieces.encode(span)
         return tokens
