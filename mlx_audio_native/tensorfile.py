@@ -17,7 +17,7 @@ from .errors import WeightsError
 
 # the dtypes that weights may have, and how their bytes are read: NumPy knows no bfloat16
 _READ_AS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-_WRITTEN_AS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+_WRITTEN_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # what torch's weight_norm leaves for a `weight`, before and after it became a parametrization: magnitude, direction
 _WEIGHT_NORM = (
     ("weight_g", "weight_v"),
@@ -88,24 +88,28 @@ def _fused(g: Stored, v: Stored) -> mx.array:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, mx.array | np.ndarray]) -> None:
-    """Write a safetensors file; equal tensors give equal bytes, whatever their order. Floats only."""
-    arrays = {name: mx.array(array) for name, array in tensors.items()}
+    """Write a safetensors file; equal tensors give equal bytes, whatever their order. Floats only.
+
+    One tensor is asked for at a time, so that a mapping that makes them on demand need not hold them all.
+    """
+    found = {
+        name: (str(array.dtype).split(".")[-1], tuple(array.shape), array.nbytes) for name, array in tensors.items()
+    }
+    for name, (dtype, _, _) in found.items():
+        if dtype not in _WRITTEN_AS:
+            raise WeightsError(f"tensor {name!r} is {dtype}; weights are written as {', '.join(_WRITTEN_AS)}")
     # the widest dtype first, so that every tensor is aligned
-    names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    names = sorted(found, key=lambda name: (found[name][0] != "float32", name))
     header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
     end = 0
     for name in names:
-        start, end = end, end + arrays[name].nbytes
-        dtype = _WRITTEN_AS.get(arrays[name].dtype)
-        if dtype is None:
-            raise WeightsError(
-                f"tensor {name!r} is {arrays[name].dtype}; weights are written as {_WRITTEN_AS.values()}"
-            )
-        header[name] = {"dtype": dtype, "shape": arrays[name].shape, "data_offsets": [start, end]}
+        dtype, shape, size = found[name]
+        header[name] = {"dtype": _WRITTEN_AS[dtype], "shape": shape, "data_offsets": [end, end + size]}
+        end += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            array = arrays[name]
-            np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array).tofile(file)
+            array = tensors[name]
+            np.asarray(array.view(mx.uint16) if found[name][0] == "bfloat16" else array).tofile(file)
