@@ -98,7 +98,15 @@ class Evaluator:
         try:
             with np.errstate(all="ignore"):
                 results = handler(self, operator, *operands)
-        except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            MemoryError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ExtractionError(f"{operator} cannot work on its operands: {reason}") from error
         results = results if isinstance(results, (list, tuple)) else [results]

@@ -53,7 +53,11 @@ class Probe:
         self.length, self.mask = length, mask
 
     def read(
-        self, feeds: Mapping[Stage, np.ndarray], target: int, mask: np.ndarray | None = None, extra: Mapping | None = None
+        self,
+        feeds: Mapping[Stage, np.ndarray],
+        target: int,
+        mask: np.ndarray | None = None,
+        extra: Mapping | None = None,
     ) -> np.ndarray:
         """The target tensor, for stages fed with (length, channels) or what broadcasts to it."""
         given: dict[int, np.ndarray] = dict(extra or {})
@@ -75,20 +79,31 @@ class Probe:
             raise ExtractionError(f"{where}: {list(value.shape)} does not divide into rows of {channels}")
         return value.reshape(-1, channels)
 
-    def norm(self, residual: Sequence[Stage], target: int, where: str) -> tuple[np.ndarray, float]:
-        """Gain (float32) and epsilon of `target = rms_norm(sum of the residual stages)`. Raises ExtractionError."""
-        zeros = {stage: np.zeros(1) for stage in residual}
+    def norm(
+        self,
+        residual: Sequence[Stage],
+        target: int,
+        where: str,
+        pick: slice = slice(None),
+        extra: Mapping | None = None,
+    ) -> tuple[np.ndarray, float]:
+        """Gain (float32) and epsilon of `target[pick] = rms_norm(sum of the residual stages)`. Raises ExtractionError."""
         width = residual[0].channels
-        large = self.rows(self.read({**zeros, residual[0]: np.full(1, _LARGE)}, target), where, width)
+
+        def read(feeds: Mapping[Stage, np.ndarray]) -> np.ndarray:
+            feeds = {**dict.fromkeys(residual, np.zeros(1)), **feeds}
+            return self.rows(self.read(feeds, target, extra=extra), where, width)[pick]
+
+        large = read({residual[0]: np.full(1, _LARGE)})
         gain = large[0]
         best = int(np.argmax(np.abs(gain)))
         if not np.isfinite(gain).all() or gain[best] == 0:
             raise ExtractionError(f"{where} is no norm of the residual stream")
-        small = self.rows(self.read({**zeros, residual[0]: np.full(1, 1e-3)}, target), where, width)
+        small = read({residual[0]: np.full(1, 1e-3)})
         epsilon = 1e-6 * ((gain[best] / small[0, best]) ** 2 - 1) if small[0, best] else -1.0
         rng = np.random.default_rng(0)
         feeds = {stage: rng.standard_normal((self.length, width)) for stage in residual}
-        found = self.rows(self.read(feeds, target), where, width)
+        found = read(feeds)
         total = sum(feeds.values())[: len(found)]
         expected = total / np.sqrt((total**2).mean(-1, keepdims=True) + epsilon) * gain
         if found.shape != expected.shape or not np.abs(found - expected).max() <= _EXACT * np.abs(expected).max():

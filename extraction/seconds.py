@@ -6,7 +6,7 @@ seconds; reshapes, slices and concatenations move these chains about and need no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Any
@@ -265,12 +265,13 @@ def _angle(
     return constants[place], tuple(column[0] for i, column in enumerate(constants) if i != place)
 
 
-def describe(wiring: Wiring, evaluator: Evaluator, outputs: Sequence[int]) -> list[str]:
-    """The operators behind some tensors, a line each, with their small constants spelled out."""
+def describe(wiring: Wiring, evaluator: Evaluator, outputs: Sequence[int], start: int | None = None) -> list[str]:
+    """The operators behind some tensors, a line each, with their small constants; only those after `start`, if given."""
     return [
         f"  {operator.index} {operator.name}({', '.join(_operand(wiring, evaluator, i) for i in operator.inputs)})"
         f" → {', '.join(f't{i} {list(wiring.shape(i))}' for i in operator.outputs)}"
-        for operator in wiring.slice(outputs, ())[:200]
+        for operator in wiring.slice(outputs, ())
+        if start is None or start in wiring.reached_by(operator.outputs[0])
     ]
 
 
@@ -281,8 +282,3 @@ def _operand(wiring: Wiring, evaluator: Evaluator, index: int) -> str:
     if wiring.dynamic(index) or np.prod(shape, dtype=object) > 4:
         return f"t{index} {list(shape)}" if wiring.dynamic(index) else f"constant {list(shape)}"
     return " ".join(f"{value:.9g}" for value in np.asarray(evaluator.constant(index)).reshape(-1).tolist()) or "[]"
-
-
-def named(found: Mapping[str, Seconds]) -> list[str]:
-    """A line for each conditioner, for people."""
-    return [f"{name}: {seconds.formula}" for name, seconds in found.items()]

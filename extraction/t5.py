@@ -23,7 +23,10 @@ from .schema import Operator
 Weight = Callable[[], np.ndarray]
 
 # buckets and distance of a folded bias cannot be read, only tried; the published T5s all have the first pair
-_BUCKETINGS = [(32, 128), *((b, d) for b in (32, 16, 64, 8, 128) for d in (128, 64, 256, 32, 512, 16, 1024) if b < 4 * d)]
+_BUCKETINGS = [
+    (32, 128),
+    *((b, d) for b in (32, 16, 64, 8, 128) for d in (128, 64, 256, 32, 512, 16, 1024) if b < 4 * d),
+]
 
 
 @dataclass
@@ -43,7 +46,13 @@ class T5:
     config: dict[str, object] = field(default_factory=dict)
     unreachable: tuple[int, ...] = ()
     half_gelu: bool = False
+    half: bool = False
     notes: list[str] = field(default_factory=list)
+
+    def stored(self, values: np.ndarray) -> np.ndarray:
+        """Probed values in the precision that the file has for weights: float16 if that is exact and the table's too."""
+        half = values.astype(np.float16)
+        return half if self.half and np.array_equal(half, values) else values
 
 
 def recover(wiring: Wiring, evaluator: Evaluator) -> T5:
@@ -72,6 +81,7 @@ class _Recovery:
         self.mask = self._mask_input()
         self.probe = Probe(wiring, evaluator, self.length, self.mask)
         self.t5 = T5(self.ids, self.mask, self.length, [Stage(self.embedding.output, self.width)])
+        self.t5.half = evaluator.constant(self.embedding.table).dtype == np.float16
         self.epsilons: set[float] = set()
         self.bias: np.ndarray | None = None
         self.activations: set[str] = set()
@@ -104,7 +114,9 @@ class _Recovery:
         inputs = set(self.wiring.graph.inputs)
         masks = {i for op in self.softmaxes for i in self.near[op.inputs[0]] if i in inputs}
         if len(masks) != 1 or self.ids in masks:
-            raise ExtractionError(f"attention is masked by {len(masks - {self.ids})} inputs of the graph; T5 has one mask")
+            raise ExtractionError(
+                f"attention is masked by {len(masks - {self.ids})} inputs of the graph; T5 has one mask"
+            )
         return masks.pop()
 
     def _check_ids(self) -> None:
@@ -114,7 +126,9 @@ class _Recovery:
             raise ExtractionError(f"{size} tokens at once are more than any T5 takes")
         steps = np.linspace(0, self.vocabulary - 1, 4 * size).round().astype(np.int64).reshape(4, size)
         for ids in steps:
-            found = self.evaluator.run({self.ids: ids.reshape(self.wiring.shape(self.ids))}, [self.embedding.indices])[0]
+            found = self.evaluator.run({self.ids: ids.reshape(self.wiring.shape(self.ids))}, [self.embedding.indices])[
+                0
+            ]
             if found.size > size or not np.array_equal(found.reshape(-1), ids[: found.size]):
                 raise ExtractionError(f"{self.embedding.operator} does not look up the token ids themselves")
 
@@ -224,7 +238,7 @@ class _Recovery:
             self.epsilons.add(epsilon)
         gains = list(found.values())
         if all(np.array_equal(gain, gains[0]) for gain in gains):
-            self.t5.weights[name] = lambda: gains[0]
+            self.t5.weights[name] = lambda: self.t5.stored(gains[0])
             if (gains[0] == 1).all():
                 self.t5.notes.append(f"{name} is 1: the export has none, or folded it into the weights after it")
             return dict.fromkeys(found)
@@ -273,7 +287,9 @@ class _Recovery:
             raise ExtractionError(f"the layers have different activations: {', '.join(sorted(self.activations))}")
         self.t5.half_gelu = "half-precision" in next(iter(self.activations))
         table, buckets, distance = self._relative_bias()
-        self.t5.weights["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = lambda: table
+        self.t5.weights["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = lambda: (
+            self.t5.stored(table)
+        )
         self.t5.config.update(
             vocab_size=self.vocabulary,
             d_model=self.width,
