@@ -109,7 +109,7 @@ class Model:
         for text in dict.fromkeys([*(clip.prompt for clip in request.clips), request.negative_prompt or ""]):
             if cut := self.tokenizer.find_cut(text):
                 limit = self.config.prompt.max_length
-                warnings.warn(f"the prompt is longer than {limit} tokens, so this is not heard: {cut!r}", stacklevel=4)
+                warnings.warn(f"the prompt is longer than {limit} tokens, so this is not heard: {cut!r}", stacklevel=3)
         return request
 
     def _prepare(self, request: Request) -> Prepared:

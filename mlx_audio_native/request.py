@@ -53,6 +53,8 @@ def check_request(
     defaults = find_defaults(config.objective)
     sampler = defaults.sampler if sampler is None else sampler
     find_sampler(sampler)
+    if sampler == "rk4" and config.dit.shifts_distribution:
+        raise InputError("rk4 cannot sample this model: its config shifts rk4's times (distribution_shift_options)")
     steps = defaults.steps if steps is None else _whole("steps", steps, 1, MAX_STEPS)
     cfg_scale = defaults.cfg_scale if cfg_scale is None else _number("cfg_scale", cfg_scale)
     if negative_prompt is not None:
@@ -61,7 +63,7 @@ def check_request(
             raise InputError("a negative prompt does nothing at cfg_scale 1: give another cfg_scale, or no such prompt")
     if cfg_scale != 1 and config.objective == "rf_denoiser":
         warnings.warn(
-            f"cfg_scale {cfg_scale:g}: this model is made to run at 1, and anything else adds artefacts", stacklevel=3
+            f"cfg_scale {cfg_scale:g}: this model is made to run at 1, and anything else adds artefacts", stacklevel=4
         )
     clips = []
     for one_prompt, one_length, one_seed in _spread(prompts=prompt, lengths=seconds, seeds=seed):

@@ -45,13 +45,14 @@ def test_saves_24_bits_as_they_are(tmp_path, frames, channels):
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
 
 
-def test_scales_a_peak_above_one_and_says_so(tmp_path):
-    clip = audio(peak=2.5)
+@pytest.mark.parametrize("peak", [1.001, 2.5])
+def test_scales_a_peak_above_one_and_says_so(tmp_path, peak):
+    clip = audio(peak)
     clip.save(tmp_path / "a.wav")
     samples, _ = soundfile.read(tmp_path / "a.wav", dtype="float32")
-    np.testing.assert_allclose(samples, clip.samples / 2.5, atol=2**-22)
-    assert read_recipe(tmp_path / "a.wav").peak_scale == pytest.approx(0.4)
-    assert np.abs(clip.samples).max() == pytest.approx(2.5)
+    np.testing.assert_allclose(samples, clip.samples / peak, atol=2**-22)
+    assert read_recipe(tmp_path / "a.wav").peak_scale == pytest.approx(1 / peak)
+    assert np.abs(clip.samples).max() == pytest.approx(peak)
 
 
 def test_silence_is_saved_unscaled(tmp_path):
