@@ -37,7 +37,7 @@ class OobleckConfig:
         channels = section.size("channels", 128)
         c_mults = section.many("c_mults", int, (1, 2, 4, 8))
         strides = section.many("strides", int, (2, 4, 8, 8))
-        check(len(c_mults) == len(strides) > 0, f"{section.where}: {len(c_mults)} c_mults for {len(strides)} strides")
+        check(0 < len(c_mults) == len(strides) < 20, f"{section.where}: {len(c_mults)} c_mults, {len(strides)} strides")
         check(all(1 <= mult <= 2**12 for mult in c_mults), f"{section.where}.c_mults are from 1 to 4096")
         check(all(1 <= stride <= 2**12 for stride in strides), f"{section.where}.strides are from 1 to 4096")
         section.one_of("antialias_activation", (False,), False)

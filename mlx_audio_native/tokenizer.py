@@ -21,7 +21,8 @@ class Tokenizer:
     def __init__(self, path: Path | str, length: int = 128) -> None:
         self.length = length
         try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+            # an empty model would be taken for none, and found out at the first text
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes() or b"empty")
         except OSError as error:
             raise TokenizerError(f"cannot read {path}: {error.strerror or error}") from None
         except RuntimeError:

@@ -122,7 +122,7 @@ def test_additions_to_the_schema():
         ((*PRETRANSFORM, "latent_dim"), 4, "encoder latent_dim is 16, expected 8"),
         ((*PRETRANSFORM, "bottleneck"), {"type": "rvq"}, "cannot be honoured"),
         ((*PRETRANSFORM, "decoder", "type"), "seanet", "cannot be honoured"),
-        ((*PRETRANSFORM, "decoder", "config", "strides"), [4], "2 c_mults for 1 strides"),
+        ((*PRETRANSFORM, "decoder", "config", "strides"), [4], "2 c_mults, 1 strides"),
         ((*PRETRANSFORM, "encoder", "config", "strides"), [4, 4], "multiply to a ratio that is 16"),
         (("audio_channels",), 1, "audio_channels is 1, the autoencoder's 2"),
         (("sample_size",), 31, "sample_size 31 is below a latent frame of 32"),

@@ -75,7 +75,7 @@ def test_damaged_files(spiece: Path, tmp_path: Path):
     path = tmp_path / "spiece.model"
     for damaged in (b"", b"not a model", whole[: len(whole) // 2]):
         path.write_bytes(damaged)
-        with pytest.raises(TokenizerError, match="spiece.model"):
+        with pytest.raises(TokenizerError, match="sentencepiece model"):
             Tokenizer(path)
     with pytest.raises(TokenizerError, match="cannot read"):
         Tokenizer(tmp_path / "none.model")

@@ -1,0 +1,234 @@
+"""The autoencoder: each convolution against its definition, both directions against theirs in float64."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_audio_native.config import read_config_json
+from mlx_audio_native.errors import InputError
+from mlx_audio_native.oobleck import Autoencoder, Conv, Downsample, OobleckConfig, Upsample, upsampling_taps
+from mlx_audio_native.weights import load_parts, read_tensors, save
+
+BOUND = 1e-5
+NAMES = "pretransform.model."
+Tensors = dict[str, np.ndarray]
+
+
+def define_conv(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, stride: int, padding: int, dilation: int):
+    """(T, in) by torch's kernel (out, in, k), frame by frame."""
+    x = np.pad(x, ((padding, padding), (0, 0)))
+    reach = dilation * (weight.shape[2] - 1)
+    starts = range(0, len(x) - reach, stride)
+    frames = [np.einsum("ki,oik->o", x[start : start + reach + 1 : dilation], weight) + bias for start in starts]
+    return np.array(frames).reshape(-1, len(weight))
+
+
+def define_transposed(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, stride: int, padding: int):
+    """(T, in) by torch's kernel (in, out, k): every frame adds its kernel, `stride` apart."""
+    size = weight.shape[2]
+    y = np.zeros(((len(x) - 1) * stride + size, weight.shape[1]))
+    for index, frame in enumerate(x):
+        y[index * stride : index * stride + size] += np.einsum("i,iok->ko", frame, weight)
+    return y[padding : len(y) - padding] + bias
+
+
+def ceil_half(stride: int) -> int:
+    return (stride + 1) // 2
+
+
+def close(found: mx.array, expected: np.ndarray) -> bool:
+    found = np.array(found, np.float64)
+    return found.shape == expected.shape and np.sqrt(((found - expected) ** 2).sum() / (expected**2).sum()) <= BOUND
+
+
+sizes = {"inputs": st.integers(1, 5), "outputs": st.integers(1, 5), "seed": st.integers(0, 2**32)}
+
+
+def normal(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+@given(length=st.integers(1, 30), stride=st.integers(1, 11), batch=st.integers(1, 3), **sizes)
+def test_upsampling_equals_the_transposed_convolution(length, stride, batch, inputs, outputs, seed):
+    x, kernel, bias = normal(seed, (batch, length, inputs), (inputs, outputs, 2 * stride), (outputs,))
+    layer = Upsample(inputs, outputs, stride)
+    layer.weight, layer.bias = upsampling_taps(mx.array(kernel)), mx.array(bias)
+    y = layer(mx.array(x))
+    assert y.shape == (batch, length * stride - stride % 2, outputs)
+    for row in range(batch):
+        expected = define_transposed(x[row].astype(np.float64), kernel, bias, stride, ceil_half(stride))
+        assert expected.size == 0 or close(y[row], expected)
+
+
+@given(blocks=st.integers(2, 12), more=st.integers(0, 10), stride=st.integers(1, 11), **sizes)
+def test_downsampling_equals_the_strided_convolution(blocks, more, stride, inputs, outputs, seed):
+    length = blocks * stride + more
+    x, kernel, bias = normal(seed, (1, length, inputs), (outputs, inputs, 2 * stride), (outputs,))
+    layer = Downsample(inputs, outputs, stride)
+    layer.weight = mx.array(kernel).transpose(0, 2, 1).reshape(outputs, 2, stride * inputs)
+    layer.bias = mx.array(bias)
+    expected = define_conv(x[0].astype(np.float64), kernel, bias, stride, ceil_half(stride), 1)
+    assert close(layer(mx.array(x))[0], expected)
+
+
+@given(length=st.integers(1, 60), kernel=st.sampled_from([1, 3, 7]), dilation=st.sampled_from([1, 3, 9]), **sizes)
+def test_dilated_convolution_keeps_the_length(length, kernel, dilation, inputs, outputs, seed):
+    x, weight, bias = normal(seed, (1, length, inputs), (outputs, inputs, kernel), (outputs,))
+    layer = Conv(inputs, outputs, kernel, dilation)
+    layer.weight, layer.bias = mx.array(weight).transpose(0, 2, 1), mx.array(bias)
+    padding = dilation * (kernel // 2)
+    assert close(layer(mx.array(x))[0], define_conv(x[0].astype(np.float64), weight, bias, 1, padding, dilation))
+
+
+def define_coder(x: np.ndarray, tensors: Tensors, config: OobleckConfig, decoding: bool) -> np.ndarray:
+    """(T, in) → (T', out), as the reference stacks its layers. Source: OobleckEncoder and OobleckDecoder, 0.0.19."""
+
+    def activate(x: np.ndarray, name: str) -> np.ndarray:
+        if not config.use_snake:
+            return np.where(x > 0, x, np.expm1(x))
+        alpha, beta = np.exp(tensors[f"{name}.alpha"]), np.exp(tensors[f"{name}.beta"])
+        return x + np.sin(alpha * x) ** 2 / (beta + 1e-9)
+
+    def conv(x: np.ndarray, name: str, stride: int = 1, padding: int = 0, dilation: int = 1) -> np.ndarray:
+        bias = tensors.get(f"{name}.bias", np.zeros(1))
+        return define_conv(x, tensors[f"{name}.weight"], bias, stride, padding, dilation)
+
+    def unit(x: np.ndarray, name: str, dilation: int) -> np.ndarray:
+        y = conv(activate(x, f"{name}.layers.0"), f"{name}.layers.1", padding=3 * dilation, dilation=dilation)
+        return x + conv(activate(y, f"{name}.layers.2"), f"{name}.layers.3")
+
+    x = conv(x, "layers.0", padding=3)
+    strides = config.strides[::-1] if decoding else config.strides
+    for block, stride in enumerate(strides, 1):
+        name = f"layers.{block}.layers"
+        if decoding:
+            x, up = activate(x, f"{name}.0"), f"{name}.1"
+            x = define_transposed(x, tensors[f"{up}.weight"], tensors[f"{up}.bias"], stride, ceil_half(stride))
+            for index, dilation in enumerate((1, 3, 9), 2):
+                x = unit(x, f"{name}.{index}", dilation)
+        else:
+            for index, dilation in enumerate((1, 3, 9)):
+                x = unit(x, f"{name}.{index}", dilation)
+            x = conv(activate(x, f"{name}.3"), f"{name}.4", stride, ceil_half(stride))
+    last = len(strides) + 1
+    x = conv(activate(x, f"layers.{last}"), f"layers.{last + 1}", padding=3 if decoding else 1)
+    return np.tanh(x) if config.final_tanh else x
+
+
+def coders(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    """An edit of a model config: `changes` for encoder and decoder, some for one alone."""
+
+    def edit(config: dict[str, Any]) -> None:
+        pretransform = config["model"]["pretransform"]
+        pretransform["scale"] = changes.pop("scale", 1.0)
+        section = pretransform["config"]
+        section["decoder"]["config"]["final_tanh"] = changes.pop("final_tanh", False)
+        section["decoder"]["soft_clip"] = changes.pop("soft_clip", False)
+        for name in ("encoder", "decoder"):
+            section[name]["config"] |= changes
+        section["downsampling_ratio"] = int(np.prod(section["decoder"]["config"]["strides"]))
+
+    return edit
+
+
+VARIANTS = {
+    "snake": {},
+    "ELU and tanh": {"use_snake": False, "final_tanh": True},
+    "odd strides": {"strides": [3, 5], "scale": 1.7},
+    "three levels, soft clip": {"strides": [2, 1, 7], "c_mults": [1, 3, 2], "soft_clip": True},
+}
+
+
+def tame(folder: Path) -> tuple[Path, Tensors]:
+    """An autoencoder with smaller weights: on loud signals the snake amplifies rounding a thousandfold."""
+    tensors = {name: 0.5 * tensor for name, tensor in read_tensors(folder, ["autoencoder"]).items()}
+    tamed = folder.with_name("tame")
+    save(tamed, read_config_json(folder), tensors, overwrite=True)
+    return tamed, {name.removeprefix(NAMES): np.array(tensor, np.float64) for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def model(request: pytest.FixtureRequest, make_folder: Callable[..., Path]) -> tuple[Autoencoder, Tensors]:
+    folder, tensors = tame(make_folder(coders(**VARIANTS[request.param])))
+    return load_parts(folder, ["autoencoder"], "float32").autoencoder, tensors
+
+
+def of(tensors: Tensors, coder: str) -> Tensors:
+    return {name.removeprefix(f"{coder}."): array for name, array in tensors.items() if name.startswith(coder)}
+
+
+def test_decoding_equals_the_definition(model):
+    autoencoder, tensors = model
+    config = autoencoder.config
+    (latents,) = normal(0, (2, 9, 8))
+    audio = autoencoder.decode(mx.array(latents))
+    assert audio.shape == (2, config.decoded_frames(9), 2)
+    for row in range(2):
+        scaled = latents[row].astype(np.float64) * config.scale
+        expected = define_coder(scaled, of(tensors, "decoder"), config.decoder, decoding=True)
+        assert close(audio[row], np.tanh(expected) if config.soft_clip else expected)
+
+
+def test_encoding_equals_the_definition(model):
+    autoencoder, tensors = model
+    config = autoencoder.config
+    (audio,) = normal(1, (2, 7 * config.downsampling_ratio, 2))
+    latents = autoencoder.encode(mx.array(audio))
+    assert (latents.shape, latents.dtype) == ((2, 7, 8), mx.float32)
+    for row in range(2):
+        expected = define_coder(audio[row].astype(np.float64), of(tensors, "encoder"), config.encoder, False)
+        assert close(latents[row], expected[:, :8] / config.scale)
+
+
+def test_a_draw_of_the_latents(model):
+    """With a key: mean + (softplus(scale) + 1e-4) · noise, the same for the same key."""
+    autoencoder, _ = model
+    config = autoencoder.config
+    audio = mx.array(normal(1, (1, 64 * config.downsampling_ratio, 2))[0])
+    mean, scale = mx.split(autoencoder.encoder(audio), 2, axis=-1)
+    drawn = [autoencoder.encode(audio, mx.random.key(seed)) * config.scale for seed in (0, 0, 1)]
+    assert mx.array_equal(drawn[0], drawn[1])
+    assert not mx.array_equal(drawn[0], drawn[2])
+    noise = np.array((drawn[0] - mean) / (mx.logaddexp(scale, 0) + 1e-4))
+    assert abs(noise.mean()) < 0.2
+    assert abs(noise.std() - 1) < 0.2
+
+
+@given(frames=st.integers(1, 200))
+def test_latents_for_so_many_frames_are_enough(model, frames):
+    """What `latents_for` leaves out changes none of the frames: an unbounded value there is not heard."""
+    autoencoder, _ = model
+    needed = autoencoder.config.latents_for(frames)
+    latents = mx.array(normal(2, (1, needed + 4, 8))[0])
+    frames = min(frames, autoencoder.config.decoded_frames(needed))
+    whole = autoencoder.decode(latents)[:, :frames]
+    short = autoencoder.decode(latents[:, :needed])[:, :frames]
+    assert mx.abs(whole - short).max().item() <= BOUND * max(1, mx.abs(whole).max().item())
+
+
+def test_half_precision_gives_float32_audio(small_folder: Path):
+    folder, _ = tame(small_folder)
+    half = load_parts(folder, ["autoencoder"], "float16").autoencoder
+    whole = load_parts(folder, ["autoencoder"], "float32").autoencoder
+    latents = mx.array(normal(0, (1, 20, 8))[0])
+    found, expected = half.decode(latents), whole.decode(latents)
+    assert (half.dtype, found.dtype) == (mx.float16, mx.float32)
+    assert (mx.square(found - expected).mean() / mx.square(expected).mean()).sqrt().item() < 0.02
+
+
+def test_refusals(model):
+    autoencoder, _ = model
+    for shape in ((9, 8), (1, 9, 7), (1, 0, 8), (0, 9, 8)):
+        with pytest.raises(InputError, match="latents must be"):
+            autoencoder.decode(mx.zeros(shape))
+    ratio = autoencoder.config.downsampling_ratio
+    for shape in ((ratio, 2), (1, ratio, 1), (1, ratio - 1, 2), (0, ratio, 2)):
+        with pytest.raises(InputError, match="audio must be"):
+            autoencoder.encode(mx.zeros(shape))
