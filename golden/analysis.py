@@ -105,9 +105,12 @@ def tempo(audio: np.ndarray, kind: str) -> float:
         return 0.0
     lag = lags[correlation[lags] >= 0.6 * correlation[lags].max()][0]
     periods = lag * np.linspace(0.96, 1.04, 321)
-    frames = np.arange(len(strength))
-    lines = (np.abs(np.exp(-2j * np.pi * np.outer(k / periods, frames)) @ strength) for k in range(1, 9))
-    return float(per_minute / periods[np.argmax(sum(lines))])
+    turn = np.exp(-2j * np.pi * np.arange(len(strength)) / periods[:, None])
+    lines, power = np.zeros(len(periods)), np.ones_like(turn)
+    for _ in range(8):
+        power *= turn
+        lines += np.abs(power @ strength)
+    return float(per_minute / periods[np.argmax(lines)])
 
 
 def _peaks(values: np.ndarray) -> np.ndarray:

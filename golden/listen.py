@@ -1,13 +1,21 @@
-"""Do the clips sound like what was asked for? Checks by signal analysis, counted in a table.
+"""`python -m golden listen`: do the clips of a model sound like what was asked for? Counted in a table.
 
-The analysis does not see the prompt; only the comparison does. Needs no torch: `held_out`, which writes prompts with
-`golden.sounds`, imports it when called.
+The analysis does not see the prompt; only the comparison does. The checks need NumPy alone; only `held_out` needs
+torch, because golden.sounds does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,7 +79,7 @@ class Row:
 
 
 def listen(audio: np.ndarray, clip: Any) -> dict[str, Heard]:
-    """The checks that apply to uncropped audio (frames, channels) of what a `golden.sounds.Clip` or its like asked for."""
+    """The checks that apply to `clip`, a golden.sounds.Clip or its like, on its uncropped audio (frames, channels)."""
     heard, name = {}, instrument(audio)
     heard[INSTRUMENT] = Heard(name == clip.kind, name)
     if clip.kind in TEMPO_KINDS and clip.seconds >= LONG_ENOUGH:
@@ -115,3 +123,98 @@ def format_table(rows: Sequence[Row]) -> str:
         line = f"{row.check:<28}{f'{row.passed} of {row.count}':>12}{row.share:>9.1%}"
         lines.append(line if row.bound is None else f"{line}{row.bound:>8.0%}  {'OK' if row.ok else 'NOT OK'}")
     return "\n".join(lines)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def held_out(count: int, seed: int) -> list[tuple[str, Any]]:
+    """`count` prompts and what each asks for, a golden.sounds.Clip, with 1 to 5.5 seconds.
+
+    Every held-out tempo with every rhythm, every held-out note with every tone, and a few sweeps; in random order, over
+    again if there are too few. Word order, letter case, keys and seconds are random.
+    """
+    from . import sounds
+
+    rng = random.Random(seed)
+    wanted = [{"kind": kind, "bpm": float(bpm)} for kind in TEMPO_KINDS for bpm in sounds.HELD_OUT_TEMPOS]
+    wanted += [{"kind": kind, "pitch": float(sounds.midi(n))} for kind in PITCH_KINDS for n in sounds.HELD_OUT_NOTES]
+    wanted += [{"kind": "sweep", "rising": rising} for rising in (True, False) for _ in range(5)]
+    rng.shuffle(wanted)
+    prompts = []
+    for index in range(count):
+        fields = dict(wanted[index % len(wanted)])
+        if fields["kind"] == "arpeggio":
+            fields |= {"pitch": float(rng.randint(48, 59)), "scale": rng.choice(("minor", "major"))}
+        clip = sounds.Clip(seconds=round(rng.uniform(1, 5.5), 2), **fields)
+        letter_case = rng.choice((str, str.lower, str.upper, str.capitalize))
+        prompts.append((letter_case(sounds.caption(clip, rng)), clip))
+    return prompts
+
+
+@contextmanager
+def raw_seconds(folder: Path) -> Iterator[Path]:
+    """A model folder like `folder` with the seconds formula that other ports use: seconds unscaled, [cos, sin, x]."""
+    with tempfile.TemporaryDirectory() as parent:
+        altered = Path(parent) / folder.name
+        shutil.copytree(folder.resolve(), altered, copy_function=os.symlink)
+        path = next(path for name in ("config.json", "model_config.json") if (path := altered / name).is_file())
+        config = json.loads(path.read_text())
+        for conditioner in config["model"]["conditioning"]["configs"]:
+            if conditioner["type"] == "number":
+                conditioner["config"] |= {"features": ["cos", "sin", "x"], "scale": 1.0}
+        path.unlink()
+        path.write_text(json.dumps(config))
+        yield altered
+
+
+def render(folder: Path, prompts: Sequence[str], seconds: Sequence[float], seed: int) -> Iterator[np.ndarray]:
+    """Uncropped audio (frames, channels) for each prompt, with the model's defaults and seeds from `seed` on."""
+    import mlx.core as mx
+    from tqdm import tqdm
+
+    from mlx_audio_native import load
+    from mlx_audio_native.errors import InputError
+
+    model, together = load(folder), 4
+    if model.config.sample_rate != SAMPLE_RATE:
+        raise InputError(f"the sound checks hear {SAMPLE_RATE} Hz, this model makes {model.config.sample_rate} Hz")
+    for start in tqdm(range(0, len(prompts), together), unit=f"{together} clips", disable=None):
+        part = slice(start, start + together)
+        seeds = [seed + start + i for i in range(len(prompts[part]))]
+        for state in model.sample(list(prompts[part]), seconds=list(seconds[part]), seed=seeds):
+            mx.eval(state.latents)
+        yield from np.array(model.autoencoder.decode(state.latents).astype(mx.float32))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="default: the embedded demo model")
+    parser.add_argument("--count", type=int, default=175, help="clips, default 175: each held-out combination once")
+    parser.add_argument("--seed", type=int, default=0, help="draws the prompts; the first clip's seed")
+    parser.add_argument(
+        "--seconds-formula",
+        choices=("reference", "raw"),
+        default="reference",
+        help="raw: feed the seconds as other ports do, unscaled and as [cos, sin, x]",
+    )
+    parser.add_argument("--failures", action="store_true", help="also print each prompt that fails a check")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 if every bound is met, else 1."""
+    from mlx_audio_native.model import DEMO
+
+    folder = args.model or DEMO
+    prompts, clips = zip(*held_out(args.count, args.seed), strict=True)
+    heard = []
+    with raw_seconds(folder) if args.seconds_formula == "raw" else nullcontext(folder) as folder:
+        for prompt, clip, audio in zip(
+            prompts, clips, render(folder, prompts, [clip.seconds for clip in clips], args.seed), strict=True
+        ):
+            heard.append(listen(audio, clip))
+            failed = [f"{check}: {result.what}" for check, result in heard[-1].items() if not result.passed]
+            if failed and args.failures:
+                print(f"{prompt!r}, {clip.seconds:.2f} s: {'; '.join(failed)}")
+    rows = table(heard)
+    print(format_table(rows))
+    return 0 if all(row.ok for row in rows) else 1

@@ -1,0 +1,38 @@
+"""`python -m golden COMMAND`: records, checks and measures. A command is a module with `add_arguments` and `run`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+from mlx_audio_native import MlxAudioError
+
+# command → its module here, imported only when asked for, and what it does
+COMMANDS = {
+    "listen": ("listen", "generate held-out prompts and count how many sound like what was asked for"),
+}
+
+
+def main(argv: list[str]) -> int:
+    commands = "\n".join(f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m golden",
+        description=f"commands:\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    name = parser.parse_args(argv[:1]).command
+    module, what = COMMANDS[name]
+    command = import_module(f".{module}", __package__)
+    options = argparse.ArgumentParser(prog=f"python -m golden {name}", description=what)
+    command.add_arguments(options)
+    try:
+        return command.run(options.parse_args(argv[1:]))
+    except MlxAudioError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
