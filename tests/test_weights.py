@@ -69,7 +69,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def test_the_release_has_the_tensors_that_are_asked_for():
-    """stable-audio-open-small: 382 for the DiT with a rotary buffer, 365 for the autoencoder as g and v, 3 for seconds."""
+    """stable-audio-open-small: 382 for the DiT with a rotary buffer, 365 for the autoencoder as g and v, 3 seconds."""
     config = copy.deepcopy(CONFIG)
     oobleck = {"channels": 128, "c_mults": [1, 2, 4, 8, 16], "strides": [2, 4, 4, 8, 8]}
     section = config["model"]["pretransform"]["config"]
