@@ -65,7 +65,9 @@ def generate(args: argparse.Namespace) -> None:
     model = load(args.model)
     log.info("%-18s %7.3f s", "loading", time.perf_counter() - start)
     if recipe and recipe.model_sha256 != model.sha256:
-        warnings.warn(f"{args.source} was made by other weights ({recipe.model}): the sound will differ", stacklevel=1)
+        warnings.warn(
+            f"{args.source} was made by other weights ({recipe.model!r}): the sound will differ", stacklevel=1
+        )
     seed = options.pop("seed", None)
     for clip_seed, path in enumerate(paths, start=secrets.randbelow(2**32) if seed is None else seed):
         audio = model.generate(**options, seed=clip_seed)
@@ -176,13 +178,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0, or 1 after an error that one line on stderr tells, or 130 if interrupted. Exits with 2 itself
-    for a wrong command line."""
+    """Run a command. Returns 0, 1 after an error told in one line on stderr, 130 if interrupted.
+
+    A wrong command line raises SystemExit with 2.
+    """
     args = parser().parse_args(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger(__package__).setLevel(logging.INFO if args.verbose else logging.WARNING)
     with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("default", UserWarning)  # the same one once, however many clips
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             args.run(args)

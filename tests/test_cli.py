@@ -72,6 +72,11 @@ def test_count_numbers_files_and_seeds(generate, folder):
     assert [read_recipe(folder / name).seed for name in ("kick.wav", "kick-2.wav", "kick-3.wav")] == [5, 6, 7]
 
 
+def test_a_warning_comes_once_however_many_clips(generate, folder, capsys):
+    assert generate("kick", "--count", "3", "--seconds", "1", "--steps", "1", "--cfg-scale", "2") == 0
+    one_line(capsys.readouterr().err, "warning: cfg_scale 2")
+
+
 def test_a_default_name_gets_a_number_and_a_chosen_one_is_kept(generate, folder, capsys):
     quick = ("--seconds", "1", "--steps", "1")
     (folder / "kick.wav").write_text("mine")
@@ -109,7 +114,7 @@ def test_from_warns_when_the_weights_are_others(generate, folder, make_folder, c
     other = make_folder(lambda config: config["model"]["diffusion"]["config"].update(depth=1))
     capsys.readouterr()
     assert main(["generate", "--from", "a.wav", "--output", "b.wav", "--model", str(other)]) == 0
-    one_line(capsys.readouterr().err, "warning: a.wav was made by other weights (small)")
+    one_line(capsys.readouterr().err, "warning: a.wav was made by other weights ('small')")
 
 
 def test_info_tells_what_a_folder_holds(small_folder, capsys):
