@@ -57,12 +57,15 @@ def load_parts(folder: Path | str, parts: Sequence[str] = PARTS, dtype: str | No
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}, expected {', '.join(_DTYPES)}{nearest(dtype, list(_DTYPES))}")
-    half = mx.float32 if mx.default_device() == mx.cpu else mx.float16
+    on_cpu = mx.default_device() == mx.cpu
     folder = Path(folder)
     config, modules, stored = _open(folder, parts)
     for part, module in modules.items():
-        wanted = mx.float32 if part == "conditioner" else _DTYPES[dtype] if dtype else half
+        default = mx.float32 if on_cpu or part == "conditioner" else mx.float16
+        wanted = _DTYPES[dtype] if dtype and part != "conditioner" else default
         module.load_weights([(entry.target, _read(entry, stored, wanted)) for entry in entries(module)], strict=True)
+        if on_cpu:
+            module.apply_to_modules(_suit_plain_blas)
     tokenizer = _read_tokenizer(folder, config) if config.conditioning else None
     return Parts(config, tokenizer, *(modules.get(part) for part in PARTS))
 
@@ -208,6 +211,13 @@ def _read(entry: Entry, stored: Mapping[str, Stored], dtype: mx.Dtype) -> mx.arr
     if entry.convert or value.dtype != array.dtype:
         _require_finite(value, entry, stored[entry.source])
     return value
+
+
+def _suit_plain_blas(_: str, module: nn.Module) -> None:
+    """Turn a dense weight's memory round: a BLAS that does not pack multiplies by its transpose twice as fast then."""
+    if isinstance(module, nn.Linear):
+        module.weight = mx.contiguous(module.weight.T).T
+        mx.eval(module.weight)
 
 
 def _require_finite(array: mx.array, entry: Entry, tensor: Stored) -> None:
