@@ -28,8 +28,10 @@ def text_bound(found: Conditioners) -> float:
 
 
 def compare(found: Conditioners, folder: Path) -> dict[str, float]:
-    """Largest differences of `seconds` and `text` between the folder's conditioner and the graph, relative to the bounds'
-    scale. Raises ExtractionError, saying where, if one is out of bounds."""
+    """Largest differences of `seconds` and `text` between the folder's conditioner and the graph, over max(1, largest).
+
+    Raises ExtractionError, saying where, if one is out of bounds.
+    """
     # on the CPU float32 is float32: a GPU may round products to TF32
     with mx.stream(mx.cpu):
         model = load_parts(folder, ("conditioner",)).conditioner
@@ -46,7 +48,7 @@ def _lengths(found: Conditioners) -> list[int]:
     """Token counts to try: the shortest, the longest, around the crop, and some between."""
     last, crop = found.text.encode_length, found.max_length
     lengths = {1, 7, crop, last}
-    if found.wiring.constant_bytes < _LARGE_BYTES:
+    if found.wiring.graph.size < _LARGE_BYTES:
         lengths |= {2, 3, 17, crop - 1, crop + 1, last - 1, (crop + last) // 2}
     return sorted(length for length in lengths if 1 <= length <= last)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from .errors import ExtractionError
 from .graph import Linear, Wiring
-from .operators import HANDLERS, Array, ints, kind
+from .operators import HANDLERS, Array, kind
 from .schema import Operator
 
 # a hostile graph may ask for any amount of work: these bounds leave a T5 of any size a wide margin
@@ -25,6 +25,10 @@ _WORK = 2 * 10**8
 _WORK_PER_BYTE = 40
 # operators that change no value and may see float16 as it is stored
 _EXACT = ("DEQUANTIZE", "RESHAPE", "SQUEEZE", "EXPAND_DIMS", "TRANSPOSE", "CAST")
+
+
+# what NumPy, MLX and Python raise for operands that do not fit
+_MISFITS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
 
 class Evaluator:
@@ -38,8 +42,8 @@ class Evaluator:
         self.xp, self.graph = xp, wiring.graph
         self.float = getattr(xp, precision)
         self._wiring = wiring
-        self._most_bytes = _LIVE_BYTES + wiring.constant_bytes // 2
-        self._work_left = _WORK + _WORK_PER_BYTE * wiring.constant_bytes
+        self._most_bytes = _LIVE_BYTES + wiring.graph.size // 2
+        self._work_left = _WORK + _WORK_PER_BYTE * wiring.graph.size
         self._constants = self if isinstance(self, Constants) else Constants(wiring)
 
     def run(self, feeds: Mapping[int, Any], outputs: Sequence[int]) -> list[Array]:
@@ -133,7 +137,7 @@ class Evaluator:
 
 
 class Constants(Evaluator):
-    """The evaluation of what depends on no input, in float32. Dequantising and layout keep float16 constants as they are."""
+    """The evaluation of what depends on no input, in float32; dequantising and layout leave float16 as it is."""
 
     def __init__(self, wiring: Wiring) -> None:
         super().__init__(wiring, np, "float32")

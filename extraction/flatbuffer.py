@@ -54,7 +54,7 @@ class File:
 class Table:
     """One table of the file; its fields are read by slot, in the order of the schema."""
 
-    __slots__ = ("file", "start", "_vtable", "_vtable_size", "_size")
+    __slots__ = ("_size", "_vtable", "_vtable_size", "file", "start")
 
     def __init__(self, file: File, start: int) -> None:
         self.file, self.start = file, start

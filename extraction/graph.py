@@ -1,4 +1,4 @@
-"""Walking a graph: who makes and who reads each tensor, what depends on what, and its products with constant matrices."""
+"""Walking a graph: who makes and reads each tensor, what depends on what, its products with constant matrices."""
 
 from __future__ import annotations
 
@@ -46,7 +46,6 @@ class Wiring:
         self.producer = {index: operator for operator in graph.operators for index in operator.outputs}
         self._place = {index: place for place, op in enumerate(graph.operators) for index in op.outputs}
         self.consumed = {index for operator in graph.operators for index in operator.inputs}
-        self.constant_bytes = sum({id(t.data.obj): t.data.nbytes for t in graph.tensors if t.data is not None}.values())
         self._inputs = {index: 1 << place for place, index in enumerate(graph.inputs)}
         self._reach = dict(self._inputs)
         for operator in graph.operators:
@@ -56,7 +55,7 @@ class Wiring:
             self._reach.update(dict.fromkeys(operator.outputs, reach))
 
     def refuse_unsupported(self) -> None:
-        """Raise ExtractionError for the first operator that is custom, or works on variables, resources or sparse data."""
+        """Raise ExtractionError for an operator that is custom, or works on variables, resources or sparse data."""
         for operator in self.graph.operators:
             if operator.name.startswith(_REFUSED_OPERATORS):
                 raise ExtractionError(f"{operator} is not supported")

@@ -7,8 +7,9 @@ and by which formula. In float64, whole numbers below 2^53 come through unharmed
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from math import log2
 
 import numpy as np
@@ -28,7 +29,7 @@ _ACTIVATIONS = {
 
 
 def _gelu(u: np.ndarray, a: float, b: float) -> np.ndarray:
-    return 0.5 * u * (1 + np.tanh(a * (u + b * u**3)))
+    return 0.5 * u * (1 + np.tanh(a * (u + b * (u * u * u))))
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ def _split(states: np.ndarray, stages: Sequence[Stage]) -> dict[Stage, np.ndarra
 
 
 class Probe:
-    """Feeds stages of a graph and reads others; `mask` is fed with ones unless told otherwise."""
+    """Feeds stages of a graph and reads others; `mask` is fed with ones unless told otherwise.
+
+    Each method raises ExtractionError where the graph does not compute what it looks for.
+    """
 
     def __init__(self, wiring: Wiring, evaluator: Evaluator, length: int, mask: int | None) -> None:
         self._wiring, self._evaluator = wiring, evaluator
@@ -87,7 +91,7 @@ class Probe:
         pick: slice = slice(None),
         extra: Mapping | None = None,
     ) -> tuple[np.ndarray, float]:
-        """Gain (float32) and epsilon of `target[pick] = rms_norm(sum of the residual stages)`. Raises ExtractionError."""
+        """Gain (float32) and epsilon of `target[pick] = rms_norm(sum of the residual stages)`."""
         width = residual[0].channels
 
         def read(feeds: Mapping[Stage, np.ndarray]) -> np.ndarray:
@@ -106,7 +110,7 @@ class Probe:
         found = read(feeds)
         total = sum(feeds.values())[: len(found)]
         expected = total / np.sqrt((total**2).mean(-1, keepdims=True) + epsilon) * gain
-        if found.shape != expected.shape or not np.abs(found - expected).max() <= _EXACT * np.abs(expected).max():
+        if not _agree(found, expected):
             raise ExtractionError(f"{where} is no RMS norm of the residual stream")
         return gain.astype(np.float32), float(str(np.float32(epsilon)))
 
@@ -124,26 +128,36 @@ class Probe:
             return self.read(_split(states, sources), target).reshape(heads, length, length)
 
         bias = read(np.zeros((length, total)))
+        states = np.random.default_rng(0).standard_normal((length, total))
+        found = read(states) - bias
+
+        def fits(channels: np.ndarray) -> bool:
+            q, k = (states[:, channels[:, side]].transpose(1, 0, 2) for side in (0, 1))
+            # one entry tells most wrong guesses; all of them prove the right one
+            return abs(q[0, 0] @ k[0, 1] - found[0, 0, 1]) < _EXACT and _agree(found, q @ k.swapaxes(1, 2))
+
+        for channels in _usual_layouts(total, heads):
+            if fits(channels):
+                return channels, bias
         pairs: list[list[tuple[int, int]]] = [[] for _ in range(heads)]
         for first in range(0, total, length - 1):
             chosen = np.arange(first, min(first + length - 1, total))
-            states = np.zeros((length, total))
-            states[0] = np.arange(1, total + 1)
-            states[1 + np.arange(len(chosen)), chosen] = 1
-            met = np.rint((read(states) - bias)[:, 0, 1 : 1 + len(chosen)]).astype(np.int64)
+            coded = np.zeros((length, total))
+            coded[0] = np.arange(1, total + 1)
+            coded[1 + np.arange(len(chosen)), chosen] = 1
+            met = np.rint((read(coded) - bias)[:, 0, 1 : 1 + len(chosen)]).astype(np.int64)
             for head, place in zip(*np.nonzero(met), strict=True):
                 pairs[head].append((int(met[head, place]) - 1, int(chosen[place])))
-        sizes = {len(found) for found in pairs}
-        if len(sizes) != 1 or not pairs[0] or not all(0 <= q < total for found in pairs for q, _ in found):
+        sizes = {len(head) for head in pairs}
+        if len(sizes) != 1 or not pairs[0] or not all(0 <= q < total for head in pairs for q, _ in head):
             raise ExtractionError(f"{where} is no product of queries and keys in {heads} heads")
-        channels = np.array([sorted(found) for found in pairs]).transpose(0, 2, 1)
-        states = np.random.default_rng(0).standard_normal((length, total))
-        q, k = (states[:, channels[:, side]].transpose(1, 0, 2) for side in (0, 1))
-        self._agree(read(states), q @ k.swapaxes(1, 2) + bias, f"{where}: the scores are not q·kᵀ + bias")
+        channels = np.array([sorted(head) for head in pairs]).transpose(0, 2, 1)
+        if not fits(channels):
+            raise ExtractionError(f"{where}: the scores are not q·kᵀ + bias")
         return channels, bias
 
     def context(self, weights: int, sources: Sequence[Stage], target: int, heads: int, where: str) -> np.ndarray:
-        """Channels (target channels, 2) of head and value, counted over all sources, for `target = softmax @ values`."""
+        """Head and value channel, counted over all sources, of each channel of `target = softmax @ values`."""
         length, total = self.length, sum(stage.channels for stage in sources)
         shape = self._wiring.shape(weights)
 
@@ -161,7 +175,8 @@ class Probe:
         rng = np.random.default_rng(0)
         attention, states = rng.standard_normal((heads, length, length)), rng.standard_normal((length, total))
         expected = np.stack([attention[h] @ states[:, c] for h, c in zip(head, channels, strict=True)], -1)
-        self._agree(read(attention, states), expected, f"{where}: the context is not attention @ values")
+        if not _agree(read(attention, states), expected):
+            raise ExtractionError(f"{where}: the context is not attention @ values")
         return np.stack([head, channels], -1)
 
     def feed_forward(self, sources: Sequence[Stage], target: int, width: int, where: str) -> tuple[str, np.ndarray]:
@@ -192,14 +207,23 @@ class Probe:
         states = np.random.default_rng(0).standard_normal((self.length, total)) * 3
         found, active = read(states), states[:, channels[:, 0]]
         gate = states[:, channels[:, 1]] if total == 2 * width else 1.0
-        distances = {name: np.abs(found - f(active) * gate).max() for name, f in _ACTIVATIONS.items()}
-        name = min(distances, key=lambda name: distances[name])
         # float32 constants of an exporter are up to 1e-7 off the formula's own
-        if not distances[name] <= 1e-6 * max(1.0, np.abs(found).max()):
-            raise ExtractionError(f"{where}: the activation is neither relu nor gelu in its tanh form")
-        return name, channels
+        bound = 1e-6 * max(1.0, np.abs(found).max())
+        for name, activation in _ACTIVATIONS.items():
+            if np.abs(found - activation(active) * gate).max() <= bound:
+                return name, channels
+        raise ExtractionError(f"{where}: the activation is neither relu nor gelu in its tanh form")
 
-    @staticmethod
-    def _agree(found: np.ndarray, expected: np.ndarray, problem: str) -> None:
-        if found.shape != expected.shape or not np.abs(found - expected).max() <= _EXACT * np.abs(expected).max():
-            raise ExtractionError(problem)
+
+def _agree(found: np.ndarray, expected: np.ndarray) -> bool:
+    return found.shape == expected.shape and bool(np.abs(found - expected).max() <= _EXACT * np.abs(expected).max())
+
+
+def _usual_layouts(total: int, heads: int) -> Iterator[np.ndarray]:
+    """Channels (heads, 2, d_kv) of q and k where both are whole blocks of the sources, heads one after the other."""
+    for blocks in (2, 3):
+        inner, rest = divmod(total, blocks)
+        if not rest and inner % heads == 0:
+            block = np.arange(inner).reshape(heads, -1)
+            for q, k in permutations(range(blocks), 2):
+                yield np.stack([q * inner + block, k * inner + block], 1)

@@ -73,8 +73,8 @@ _OPTIONS: dict[str, tuple[str, dict[str, tuple[int, str, object]]]] = {
             **{"new_axis_mask": (3, "i", 0), "shrink_axis_mask": (4, "i", 0), "offset": (5, "?", False)},
         },
     ),
-    **{name: ("ReducerOptions", _REDUCER) for name in ("MEAN", "SUM", "REDUCE_MAX", "REDUCE_MIN", "REDUCE_PROD")},
-    **{name: ("ReducerOptions", _REDUCER) for name in ("REDUCE_ANY", "REDUCE_ALL")},
+    **dict.fromkeys(("MEAN", "SUM", "REDUCE_MAX", "REDUCE_MIN", "REDUCE_PROD"), ("ReducerOptions", _REDUCER)),
+    **dict.fromkeys(("REDUCE_ANY", "REDUCE_ALL"), ("ReducerOptions", _REDUCER)),
 }
 
 
@@ -144,9 +144,10 @@ class Operator:
 
 @dataclass(frozen=True)
 class Graph:
-    """The file's first subgraph. Operators stand in an order in which every input is known when it is used."""
+    """The file's first subgraph, and the file's size in bytes. An operator's inputs are all known when it is reached."""
 
     path: Path
+    size: int
     description: str
     tensors: tuple[Tensor, ...]
     operators: tuple[Operator, ...]
@@ -155,7 +156,7 @@ class Graph:
 
 
 def read(path: Path | str) -> Graph:
-    """Parse and check a TFLite file; its constants stay in the file until they are asked for. Raises ExtractionError."""
+    """Parse and check a TFLite file; constants stay in the file until they are asked for. Raises ExtractionError."""
     file = File(path)
     model = file.root()
     codes = [_code(table) for table in model.tables(1, _MOST_OPERATORS)]
@@ -177,7 +178,7 @@ def read(path: Path | str) -> Graph:
     inputs = _indices(file, "the graph's inputs", subgraph.vector(1, "<i4"), len(tensors), budget)
     outputs = _indices(file, "the graph's outputs", subgraph.vector(2, "<i4"), len(tensors), budget)
     description = bytes(model.bytes(3)[:200]).decode("utf-8", "replace")
-    graph = Graph(file.path, description, tuple(tensors), tuple(operators), inputs, outputs)
+    graph = Graph(file.path, file.size, description, tuple(tensors), tuple(operators), inputs, outputs)
     _check_order(graph)
     return graph
 

@@ -28,7 +28,7 @@ class _Inexpressible(ExtractionError):
 
 
 class Chain:
-    """What the graph does to the seconds on the way to one feature: steps like ("mul", 2.0), the sine or cosine last."""
+    """What the graph does to the seconds on the way to one feature: steps like ("mul", 2.0), sine or cosine last."""
 
     __slots__ = ("steps",)
 
@@ -77,7 +77,7 @@ class _Chains(Evaluator):
     """The evaluation with chains for numbers, in NumPy arrays of objects."""
 
     def array(self, value: Any) -> Array:
-        return value if getattr(value, "dtype", None) == object else super().array(value)
+        return value if str(getattr(value, "dtype", "")) == "object" else super().array(value)
 
     def room(self, operator: Operator, shape: Any, work: int = 0) -> tuple[int, ...]:
         shape = super().room(operator, shape, work)
@@ -86,7 +86,7 @@ class _Chains(Evaluator):
         return shape
 
     def _apply(self, operator: Operator, operands: list[Array | None]) -> Sequence[Array]:
-        if any(value is not None and value.dtype == object for value in operands):
+        if any(value is not None and str(value.dtype) == "object" for value in operands):
             name = operator.name
             if name in ("CAST", "DEQUANTIZE", "QUANTIZE"):
                 return operands[:1]
@@ -266,7 +266,7 @@ def _angle(
 
 
 def describe(wiring: Wiring, evaluator: Evaluator, outputs: Sequence[int], start: int | None = None) -> list[str]:
-    """The operators behind some tensors, a line each, with their small constants; only those after `start`, if given."""
+    """The operators behind some tensors, a line each, with small constants; only those after `start`, if given."""
     return [
         f"  {operator.index} {operator.name}({', '.join(_operand(wiring, evaluator, i) for i in operator.inputs)})"
         f" → {', '.join(f't{i} {list(wiring.shape(i))}' for i in operator.outputs)}"

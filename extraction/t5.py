@@ -16,17 +16,15 @@ from mlx_audio_native.t5 import relative_buckets
 
 from .errors import ExtractionError
 from .evaluate import Evaluator
-from .graph import Linear, Lookup, Wiring
+from .graph import Linear, Wiring
 from .probe import Probe, Stage
 from .schema import Operator
 
 Weight = Callable[[], np.ndarray]
 
-# buckets and distance of a folded bias cannot be read, only tried; the published T5s all have the first pair
-_BUCKETINGS = [
-    (32, 128),
-    *((b, d) for b in (32, 16, 64, 8, 128) for d in (128, 64, 256, 32, 512, 16, 1024) if b < 4 * d),
-]
+# buckets and distances of a folded bias cannot be read, only tried; the published T5s all have the first pair
+_DISTANCES = (128, 64, 256, 32, 512, 16, 1024, 20, 24, 40, 48, 80, 96, 100, 160, 192, 200, 384, 400, 768, 1000, 2048)
+_BUCKETS = (32, 16, 64, 8, 128)
 
 
 @dataclass
@@ -50,7 +48,7 @@ class T5:
     notes: list[str] = field(default_factory=list)
 
     def stored(self, values: np.ndarray) -> np.ndarray:
-        """Probed values in the precision that the file has for weights: float16 if that is exact and the table's too."""
+        """Probed values in the file's precision: float16 where that is exact and the table's too."""
         half = values.astype(np.float16)
         return half if self.half and np.array_equal(half, values) else values
 
@@ -303,27 +301,28 @@ class _Recovery:
         """The table (buckets, heads), from the graph's own table where it has one, else from the folded constant."""
         bias = self.bias
         heads = len(bias)
-        tables = [self._table(lookup) for lookup in self.wiring.lookups(dynamic=False)]
-        tables = [table for table in tables if table.shape[1] == heads]
-        for table in tables:
-            for buckets, distance in dict.fromkeys((len(table), distance) for _, distance in _BUCKETINGS):
-                if 4 <= buckets < 4 * distance and np.array_equal(
-                    table[relative_buckets(self.length, buckets, distance)].transpose(2, 0, 1), bias
-                ):
-                    return table, buckets, distance
-        for buckets, distance in _BUCKETINGS:
-            places = relative_buckets(self.length, buckets, distance)
-            _, first = np.unique(places, return_index=True)
+        for lookup in self.wiring.lookups(dynamic=False):
+            table = self.evaluator.constant(lookup.table)
+            for distance in _DISTANCES if table.shape[1] == heads and len(table) >= 4 else ():
+                if len(table) < 4 * distance and _same(table, self.length, distance, bias):
+                    return table, len(table), distance
+        found = []
+        for buckets, distance in ((b, d) for b in _BUCKETS for d in _DISTANCES if b < 4 * d):
+            reached, first = np.unique(relative_buckets(self.length, buckets, distance), return_index=True)
             table = np.zeros((buckets, heads), np.float32)
-            reached = np.unique(places)
             table[reached] = bias.reshape(heads, -1)[:, first].T
-            if np.array_equal(table[places].transpose(2, 0, 1), bias):
-                self.t5.unreachable = tuple(int(i) for i in range(buckets) if i not in set(reached.tolist()))
-                return table, buckets, distance
-        raise ExtractionError("the scores' bias is no table of relative positions in logarithmic buckets")
+            if _same(table, self.length, distance, bias):
+                found.append((len(reached), table, distance, reached))
+        if not found:
+            raise ExtractionError("the scores' bias is no table of relative positions in logarithmic buckets")
+        # finer buckets than the true ones fit too
+        _, table, distance, reached = min(found, key=lambda item: item[0])
+        self.t5.unreachable = tuple(bucket for bucket in range(len(table)) if bucket not in set(reached.tolist()))
+        return table, len(table), distance
 
-    def _table(self, lookup: Lookup) -> np.ndarray:
-        return self.evaluator.constant(lookup.table)
+
+def _same(table: np.ndarray, length: int, distance: int, bias: np.ndarray) -> bool:
+    return np.array_equal(table[relative_buckets(length, len(table), distance)].transpose(2, 0, 1), bias)
 
 
 def _rows(weight: np.ndarray, rows: np.ndarray) -> np.ndarray:
