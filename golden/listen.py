@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -155,21 +153,22 @@ def held_out(count: int, seed: int) -> list[tuple[str, Any]]:
 @contextmanager
 def raw_seconds(folder: Path) -> Iterator[Path]:
     """A model folder like `folder` with the seconds formula that other ports use: seconds unscaled, [cos, sin, x]."""
-    with tempfile.TemporaryDirectory() as parent:
-        altered = Path(parent) / folder.name
-        shutil.copytree(folder.resolve(), altered, copy_function=os.symlink)
-        path = next(path for name in ("config.json", "model_config.json") if (path := altered / name).is_file())
-        config = json.loads(path.read_text())
-        for conditioner in config["model"]["conditioning"]["configs"]:
-            if conditioner["type"] == "number":
-                conditioner["config"] |= {"features": ["cos", "sin", "x"], "scale": 1.0}
-        path.unlink()
-        path.write_text(json.dumps(config))
-        yield altered
+    from mlx_audio_native.config import read_config_json
+
+    config = read_config_json(folder)
+    for conditioner in config["model"]["conditioning"]["configs"]:
+        if conditioner["type"] == "number":
+            conditioner["config"] |= {"features": ["cos", "sin", "x"], "scale": 1.0}
+    with tempfile.TemporaryDirectory() as altered:
+        for entry in folder.resolve().iterdir():
+            if entry.name not in ("config.json", "model_config.json"):
+                (Path(altered) / entry.name).symlink_to(entry)
+        (Path(altered) / "config.json").write_text(json.dumps(config))
+        yield Path(altered)
 
 
-def render(folder: Path, prompts: Sequence[str], seconds: Sequence[float], seed: int) -> Iterator[np.ndarray]:
-    """Uncropped audio (frames, channels) for each prompt, with the model's defaults and seeds from `seed` on."""
+def render(folder: Path, wanted: Sequence[tuple[str, Any]], seed: int) -> Iterator[np.ndarray]:
+    """Uncropped audio (frames, channels) of prompts and clips, with the model's defaults and seeds from `seed` on."""
     import mlx.core as mx
     from tqdm import tqdm
 
@@ -179,10 +178,10 @@ def render(folder: Path, prompts: Sequence[str], seconds: Sequence[float], seed:
     model, together = load(folder), 4
     if model.config.sample_rate != SAMPLE_RATE:
         raise InputError(f"the sound checks hear {SAMPLE_RATE} Hz, this model makes {model.config.sample_rate} Hz")
-    for start in tqdm(range(0, len(prompts), together), unit=f"{together} clips", disable=None):
-        part = slice(start, start + together)
-        seeds = [seed + start + i for i in range(len(prompts[part]))]
-        for state in model.sample(list(prompts[part]), seconds=list(seconds[part]), seed=seeds):
+    for start in tqdm(range(0, len(wanted), together), unit=f"{together} clips", disable=None):
+        prompts, clips = zip(*wanted[start : start + together], strict=True)
+        seconds, seeds = [clip.seconds for clip in clips], [seed + start + i for i in range(len(clips))]
+        for state in model.sample(prompts, seconds=seconds, seed=seeds):
             mx.eval(state.latents)
         yield from np.array(model.autoencoder.decode(state.latents).astype(mx.float32))
 
@@ -205,12 +204,9 @@ def run(args: argparse.Namespace) -> int:
     from mlx_audio_native.model import DEMO
 
     folder = args.model or DEMO
-    prompts, clips = zip(*held_out(args.count, args.seed), strict=True)
-    heard = []
+    wanted, heard = held_out(args.count, args.seed), []
     with raw_seconds(folder) if args.seconds_formula == "raw" else nullcontext(folder) as folder:
-        for prompt, clip, audio in zip(
-            prompts, clips, render(folder, prompts, [clip.seconds for clip in clips], args.seed), strict=True
-        ):
+        for (prompt, clip), audio in zip(wanted, render(folder, wanted, args.seed), strict=True):
             heard.append(listen(audio, clip))
             failed = [f"{check}: {result.what}" for check, result in heard[-1].items() if not result.passed]
             if failed and args.failures:

@@ -11,10 +11,28 @@ import pytest
 
 from golden import analysis, listen
 from mlx_audio_native import load
+from mlx_audio_native.model import DEMO
 
 RATE = 44100
 RNG = np.random.default_rng(5)
 NOISE = RNG.standard_normal(7 * RATE)
+
+
+A_CLIP_EACH = [
+    ("kick drum loop, 122 BPM", SimpleNamespace(kind="kick", bpm=122, seconds=4.3)),
+    ("82 bpm snare drum loop", SimpleNamespace(kind="snare", bpm=82, seconds=5.2)),
+    ("HI-HAT LOOP, 152 BPM", SimpleNamespace(kind="hat", bpm=152, seconds=2.7)),
+    ("house beat, 125 BPM", SimpleNamespace(kind="house", bpm=125, seconds=3.9)),
+    ("sine tone, A4", SimpleNamespace(kind="sine", pitch=69, seconds=1.6)),
+    ("C#3 Square Lead", SimpleNamespace(kind="square", pitch=49, seconds=4.1)),
+    ("saw bass, d2", SimpleNamespace(kind="saw", pitch=38, seconds=2.4)),
+    ("plucked string, G3", SimpleNamespace(kind="pluck", pitch=55, seconds=3.3)),
+    (
+        "pluck arpeggio, A minor, 113 BPM",
+        SimpleNamespace(kind="arpeggio", bpm=113, pitch=57, scale="minor", seconds=4.8),
+    ),
+    ("white noise sweep, rising", SimpleNamespace(kind="sweep", rising=True, seconds=5.4)),
+]
 
 
 def seconds(duration: float) -> np.ndarray:
@@ -214,3 +232,19 @@ def test_raw_seconds_is_the_other_ports_formula(small_folder: Path):
 def test_the_checks_need_no_torch():
     script = "import sys, golden.listen; print([m for m in ('torch', 'scipy', 'mlx.core') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_embedded_model_makes_what_it_is_asked_for():
+    """Tempos and notes that were held out of its training; one clip may fail where several were checked."""
+    rows = listen.judge(list(listen.render(DEMO, A_CLIP_EACH, seed=0)), [clip for _, clip in A_CLIP_EACH])
+    for row in rows:
+        assert row.count and row.count - row.passed <= (row.count > 1), listen.format_table(rows)
+
+
+def test_embedded_model_with_the_other_ports_seconds_formula():
+    """The sound no longer ends when it should: this is what the seconds formula is worth."""
+    sustained = [(prompt, clip) for prompt, clip in A_CLIP_EACH if clip.kind in listen.SUSTAINED]
+    with listen.raw_seconds(DEMO) as folder:
+        rows = listen.judge(list(listen.render(folder, sustained, seed=0)), [clip for _, clip in sustained])
+    ends = next(row for row in rows if row.check == listen.END)
+    assert ends.share < 0.5, listen.format_table(rows)
