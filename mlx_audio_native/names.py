@@ -11,8 +11,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .conditioning import Conditioner
+from .convolution import Conv, Downsample, Upsample, upsampling_taps
 from .dit import DiT
-from .oobleck import Autoencoder, Conv, Downsample, Snake, Upsample, upsampling_taps
+from .oobleck import Autoencoder, Snake
 
 PREFIXES = {"conditioner": "conditioner.", "dit": "model.", "autoencoder": "pretransform."}
 _CONDITIONERS = "conditioner.conditioners."

@@ -9,6 +9,7 @@ from math import ceil, prod
 import mlx.core as mx
 import mlx.nn as nn
 
+from .convolution import Conv, Downsample, Upsample
 from .errors import InputError
 from .schema import Section, check
 
@@ -119,90 +120,6 @@ class AutoencoderConfig:
         for stride in self.decoder.strides:
             last = (last + reach * sum(_DILATIONS) + ceil(stride / 2)) // stride
         return last + reach + 1
-
-
-def convolve(x: mx.array, weight: mx.array, bias: mx.array | None = None, dilation: int = 1) -> mx.array:
-    """(B, T, in) and weight (out, taps, in) → (B, T - dilation·(taps - 1), out), as mx.conv1d.
-
-    On the CPU as one matrix product a tap, which is 5 to 50 times faster than mx.conv1d there.
-    """
-    if mx.default_device() != mx.cpu:
-        y = mx.conv1d(x, weight, dilation=dilation)
-        return y if bias is None else y + bias
-    # a transposed view would take the slow path of a BLAS without packing
-    taps = mx.contiguous(weight.transpose(1, 2, 0))
-    length = x.shape[1] - dilation * (len(taps) - 1)
-    y = x[:, :length] @ taps[0] if bias is None else mx.addmm(bias, x[:, :length], taps[0])
-    for index in range(1, len(taps)):
-        start = index * dilation
-        y = mx.addmm(y, x[:, start : start + length], taps[index])
-    return y
-
-
-class Conv(nn.Module):
-    """A convolution that keeps the length; an odd kernel, dilated."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, dilation: int = 1, bias: bool = True) -> None:
-        super().__init__()
-        self.weight = mx.zeros((outputs, kernel, inputs))
-        if bias:
-            self.bias = mx.zeros((outputs,))
-        self.dilation = dilation
-
-    def __call__(self, x: mx.array) -> mx.array:
-        reach = self.dilation * (self.weight.shape[1] // 2)
-        x = mx.pad(x, ((0, 0), (reach, reach), (0, 0))) if reach else x
-        return convolve(x, self.weight, self.get("bias"), self.dilation)
-
-
-class Downsample(nn.Module):
-    """A convolution of kernel 2s, stride s and padding ceil(s/2), computed as two taps over blocks of s frames.
-
-    `weight` (out, 2, s·in) is the kernel (out, 2s, in) in another shape.
-    """
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.weight = mx.zeros((outputs, 2, stride * inputs))
-        self.bias = mx.zeros((outputs,))
-        self.stride = stride
-
-    def __call__(self, x: mx.array) -> mx.array:
-        batch, length, channels = x.shape
-        padding = ceil(self.stride / 2)
-        blocks = (length + 2 * padding) // self.stride
-        x = mx.pad(x, ((0, 0), (padding, padding), (0, 0)))[:, : blocks * self.stride]
-        return convolve(x.reshape(batch, blocks, self.stride * channels), self.weight, self.bias)
-
-
-class Upsample(nn.Module):
-    """A transposed convolution of kernel 2s, stride s and padding ceil(s/2): L frames to L·s, less one if s is odd.
-
-    Each block of s frames hears two input frames, so it is two taps to s·out channels. `weight` (s·out, 2, in) is
-    `upsampling_taps` of the kernel.
-    """
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.weight = mx.zeros((stride * outputs, 2, inputs))
-        self.bias = mx.zeros((outputs,))
-        self.stride = stride
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = convolve(mx.pad(x, ((0, 0), (1, 1), (0, 0))), self.weight)
-        y = y.reshape(len(y), -1, len(self.bias)) + self.bias
-        padding = ceil(self.stride / 2)
-        return y[:, padding:-padding]
-
-
-def upsampling_taps(kernel: mx.array) -> mx.array:
-    """A transposed convolution's kernel (in, out, 2s), as torch stores it, to Upsample's weight (s·out, 2, in).
-
-    The earlier of two input frames is heard through the later half of the kernel.
-    """
-    inputs, outputs, size = kernel.shape
-    halves = kernel.reshape(inputs, outputs, 2, size // 2)[:, :, ::-1]
-    return halves.transpose(3, 1, 2, 0).reshape(size // 2 * outputs, 2, inputs)
 
 
 class Snake(nn.Module):

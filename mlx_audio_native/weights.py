@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from .tokenizer import Tokenizer
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 _REFERENCE_FREQUENCIES = 128
-# tensors without a place here, and why; the first follows from the head size
+# ignored: the rotary buffer follows from the head size, and of T5 only the encoder is used
 _INV_FREQ = "model.model.transformer.rotary_pos_emb.inv_freq"
 _T5_DECODER = ("decoder.", "lm_head.")
 # in half precision they would shift the time
@@ -95,7 +95,9 @@ def save(
     parts = [part for part, prefix in PREFIXES.items() if any(name.startswith(prefix) for name in tensors)]
     shapes = {name: tuple(array.shape) for name, array in tensors.items()}
     modules = _build(ModelConfig.from_dict(config, parts), shapes)
-    _check([entry for module in modules.values() for entry in entries(module)], shapes, "what is to be saved")
+    _check(
+        [entry for module in modules.values() for entry in entries(module)], shapes, lambda name: "what is to be saved"
+    )
     try:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             new, old = Path(scratch) / "new", Path(scratch) / "old"
@@ -113,7 +115,7 @@ def save(
                     old.rename(folder)
                 raise
     except OSError as error:
-        raise WeightsError(f"cannot write {folder}: {error.strerror or error}") from None
+        raise WeightsError(f"cannot write {folder}: {error}") from None
 
 
 def _open(folder: Path, parts: Sequence[str]) -> tuple[ModelConfig, dict[str, nn.Module], dict[str, Stored]]:
@@ -122,17 +124,20 @@ def _open(folder: Path, parts: Sequence[str]) -> tuple[ModelConfig, dict[str, nn
     _refuse_pickles(folder, main)
     config = read_config(folder, parts)
     stored = open_tensors(main)
+    t5_file = main
     t5 = t5_prefix(config.prompt.id) if config.conditioning else None
     if t5 and not any(name.startswith(t5) for name in stored):
-        stored |= {t5 + name: tensor for name, tensor in _open_text_encoder(folder).items()}
+        t5_file = folder / TEXT_ENCODER / "model.safetensors"
+        stored |= {t5 + name: tensor for name, tensor in _open_text_encoder(t5_file).items()}
     others = tuple(prefix for part, prefix in PREFIXES.items() if part not in parts)
     stored = {name: tensor for name, tensor in stored.items() if not name.startswith(others)}
     stored.pop(_INV_FREQ, None)
     if t5:
-        _check_tied(stored, t5)
+        _drop_tied_copy(stored, t5)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     modules = _build(config, shapes)
-    _check([entry for module in modules.values() for entry in entries(module)], shapes, str(main))
+    expected = [entry for module in modules.values() for entry in entries(module)]
+    _check(expected, shapes, lambda name: t5_file if t5 and name.startswith(t5) else main)
     return config, modules, stored
 
 
@@ -147,21 +152,20 @@ def _refuse_pickles(folder: Path, main: Path) -> None:
             )
 
 
-def _open_text_encoder(folder: Path) -> dict[str, Stored]:
-    path = folder / TEXT_ENCODER / "model.safetensors"
+def _open_text_encoder(path: Path) -> dict[str, Stored]:
     if not path.is_file():
         raise WeightsError(
-            f"{folder} has no text encoder: put T5's config.json, model.safetensors and spiece.model into {path.parent}"
+            f"no text encoder here: put T5's config.json, model.safetensors and spiece.model into {path.parent}"
         )
-    # only the encoder has a place here
     return {name: tensor for name, tensor in open_tensors(path).items() if not name.startswith(_T5_DECODER)}
 
 
-def _check_tied(stored: dict[str, Stored], t5: str) -> None:
-    """Take out a second copy of T5's table, if it equals the first."""
-    table, copy = stored.get(f"{t5}shared.weight"), stored.get(f"{t5}encoder.embed_tokens.weight")
+def _drop_tied_copy(stored: dict[str, Stored], t5: str) -> None:
+    """Ignore a second copy of T5's table, if it equals the first."""
+    name = f"{t5}encoder.embed_tokens.weight"
+    table, copy = stored.get(f"{t5}shared.weight"), stored.get(name)
     if table and copy and table.shape == copy.shape and mx.array_equal(table.read(), copy.read()).item():
-        del stored[f"{t5}encoder.embed_tokens.weight"]
+        del stored[name]
 
 
 def _build(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Module]:
@@ -178,21 +182,23 @@ def _build(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     return modules
 
 
-def _check(expected: Iterable[Entry], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Refuse tensors that are missing, of another shape, or without a place."""
+def _check(expected: Iterable[Entry], shapes: Mapping[str, tuple[int, ...]], where: Callable[[str], object]) -> None:
+    """Refuse tensors that are missing, of another shape, or without a place; `where` says where a name belongs."""
     wanted = {entry.source: entry.shape for entry in expected}
     missing = [name for name in wanted if name not in shapes]
     unknown = [name for name in shapes if name not in wanted]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         near = nearest(missing[0], unknown)
-        raise WeightsError(f"{where} lacks the tensor {missing[0]!r}, expected {wanted[missing[0]]}{others}{near}")
+        name = missing[0]
+        raise WeightsError(f"{where(name)} lacks the tensor {name!r}, expected {wanted[name]}{others}{near}")
     if unknown:
         others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise WeightsError(f"{where} has the tensor {unknown[0]!r}{others}, for which this model has no place")
+        name = unknown[0]
+        raise WeightsError(f"{where(name)} has the tensor {name!r}{others}, for which this model has no place")
     for name, shape in wanted.items():
         if shapes[name] != shape:
-            raise WeightsError(f"tensor {name!r} in {where} is {shapes[name]}, expected {shape}")
+            raise WeightsError(f"tensor {name!r} in {where(name)} is {shapes[name]}, expected {shape}")
 
 
 def _read_stored(entry: Entry, stored: Mapping[str, Stored]) -> mx.array:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_audio_native.dit import DiT, DiTConfig
+from mlx_audio_native.dit import Attention, DiT, DiTConfig
 from mlx_audio_native.weights import load_parts, read_tensors
 
 VELOCITY_BOUND = 5e-6
@@ -160,6 +160,15 @@ def test_rotation_keeps_the_references_angles_far_out(model):
     x = np.random.default_rng(0).standard_normal((1025, size)).astype(np.float32)
     found = np.array(dit.blocks[0].self_attention.rotate(mx.array(x)[None, None]))[0, 0]
     assert np.abs(found - rotate(x.astype(np.float64), dit.config.rotary_dim)).max() <= 2e-6
+
+
+def test_the_norm_of_queries_and_keys_stands_small_values():
+    """Its epsilon is 1e-6, not the other norms' 1e-5: with a variance near that, the two differ by a factor."""
+    attention = Attention(DiTConfig(8, 64, 1, 2, 32, 64, 32, 256, 1e-5, True, "v", False))
+    x = 1e-3 * np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32)
+    expected = norm(x.astype(np.float64), np.ones(32), np.zeros(32), 1e-6)
+    for layer in (attention.q_norm, attention.k_norm):
+        assert relative_rms(layer(mx.array(x)), expected) <= VELOCITY_BOUND
 
 
 def test_half_precision_keeps_the_latents_dtype_and_the_frequencies(small_folder: Path):

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_audio_native.config import read_config_json
+from mlx_audio_native.convolution import Conv, Downsample, Upsample, upsampling_taps
 from mlx_audio_native.errors import InputError
-from mlx_audio_native.oobleck import Autoencoder, Conv, Downsample, OobleckConfig, Upsample, upsampling_taps
+from mlx_audio_native.oobleck import Autoencoder, OobleckConfig
 from mlx_audio_native.weights import load_parts, read_tensors, save
 
 BOUND = 1e-5
@@ -158,6 +159,17 @@ def tame(folder: Path) -> tuple[Path, Tensors]:
 def model(request: pytest.FixtureRequest, make_folder: Callable[..., Path]) -> tuple[Autoencoder, Tensors]:
     folder, tensors = tame(make_folder(coders(**VARIANTS[request.param])))
     return load_parts(folder, ["autoencoder"], "float32").autoencoder, tensors
+
+
+def test_convolutions_of_other_devices_give_the_same(model, monkeypatch):
+    """Off the CPU mx.conv1d does the work; here it runs on the CPU all the same."""
+    autoencoder, _ = model
+    latents, audio = normal(3, (2, 5, 8), (2, 4 * autoencoder.config.downsampling_ratio, 2))
+    runs = [(autoencoder.decode(mx.array(latents)), autoencoder.encode(mx.array(audio)))]
+    monkeypatch.setattr("mlx_audio_native.convolution.mx.default_device", lambda: mx.gpu)
+    runs.append((autoencoder.decode(mx.array(latents)), autoencoder.encode(mx.array(audio))))
+    for products, convolutions in zip(*runs, strict=True):
+        assert close(convolutions, np.array(products, np.float64))
 
 
 def of(tensors: Tensors, coder: str) -> Tensors:

@@ -363,9 +363,17 @@ def test_a_release_with_t5_beside_it(release, small_folder):
     assert read_tensors(release).keys() == read_tensors(small_folder).keys()
 
 
+def test_damage_beside_a_release_names_its_file(release, tensors):
+    path = release / "text_encoder" / "model.safetensors"
+    text = {name.removeprefix(T5): tensor for name, tensor in tensors.items() if name.startswith(T5)}
+    write_tensors(path, without(text, "encoder.final_layer_norm.weight"))
+    with pytest.raises(WeightsError, match=f"{path} lacks the tensor .*final_layer_norm"):
+        load_parts(release)
+
+
 def test_a_release_without_t5(release):
     (release / "text_encoder" / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match="has no text encoder: put T5's"):
+    with pytest.raises(WeightsError, match="no text encoder here: put T5's"):
         load_parts(release)
     assert load_parts(release, ["dit"]).conditioner is None
 
