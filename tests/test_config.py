@@ -2,11 +2,14 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import CONFIG as SMALL
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlx_audio_native.conditioning import ANGLE_CONSTANTS
 from mlx_audio_native.config import ModelConfig, read_config
@@ -199,3 +202,25 @@ def test_folders_without_config(tmp_path: Path):
         read_config(tmp_path)
     with pytest.raises(ConfigError, match="is not a folder"):
         read_config(tmp_path / "nowhere")
+
+
+def paths(section: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    if isinstance(section, dict | list):
+        for key in section if isinstance(section, dict) else range(len(section)):
+            yield from paths(section[key], (*path, key))
+
+
+scalars = st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=5)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner))
+
+
+@settings(max_examples=300)
+@given(path=st.sampled_from([path for path in paths(CONFIG) if path]), value=st.just(ABSENT) | values)
+def test_any_value_anywhere_is_read_or_refused(path: tuple[Any, ...], value: Any):
+    try:
+        config = read(path, value)
+    except ConfigError as error:
+        assert len(str(error)) < 400
+    else:
+        assert config.latent_length >= 1
