@@ -60,8 +60,8 @@ def _numbers(wiring: Wiring, evaluator: Evaluator, text: T5) -> list[Seconds]:
             continue
         linears = [linear for linear in wiring.linears() if index in wiring.reached_by(linear.input)]
         if not linears or any(wiring.reached_by(linear.input) != (index,) for linear in linears):
-            steps = "\n".join(seconds.describe(wiring, evaluator, wiring.graph.outputs, index))
-            raise ExtractionError(f"input {index} reaches the outputs, but by no number conditioner\n{steps}")
+            steps = seconds.describe(wiring, evaluator, wiring.graph.outputs, index)
+            raise ExtractionError(f"input {index} reaches the outputs, but by no number conditioner", steps)
         numbers.append(seconds.recover(wiring, evaluator, linears, index))
     return numbers
 

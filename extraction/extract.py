@@ -63,7 +63,7 @@ def extract(
             result = report(wiring, found, check=differences)
             _put_in_place(new, output, Path(scratch) / "old")
     except ExtractionError as error:
-        raise ExtractionError(f"{path}: {error}") from error
+        raise error.about(path) from error
     except MlxAudioError as error:
         raise ExtractionError(
             f"{path}: what was recovered is no conditioner that the runtime takes: {error}"

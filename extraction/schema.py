@@ -144,7 +144,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class Graph:
-    """The file's first subgraph, and the file's size in bytes. An operator's inputs are all known when it is reached."""
+    """The file's first subgraph, and the file's size in bytes. Operators stand in an order of execution."""
 
     path: Path
     size: int

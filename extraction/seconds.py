@@ -164,8 +164,8 @@ def _recover_one(wiring: Wiring, evaluator: Evaluator, linear: Linear, input_: i
         features = _Chains(wiring).run({input_: start}, [linear.input])[0].reshape(-1)
         return _interpret(features, evaluator, linear, input_)
     except ExtractionError as error:
-        steps = "\n".join(describe(wiring, evaluator, [linear.output]))
-        raise ExtractionError(f"the seconds formula is none that the runtime has: {error}\n{steps}") from error
+        problem = f"the seconds formula is none that the runtime has: {error}"
+        raise ExtractionError(problem, describe(wiring, evaluator, [linear.output])) from error
 
 
 def _interpret(features: np.ndarray, evaluator: Evaluator, linear: Linear, input_: int) -> Seconds:

@@ -10,6 +10,7 @@ from mlx_audio_native import MlxAudioError
 
 # command → its module here, imported only when asked for, and what it does
 COMMANDS = {
+    "export": ("export", "export reference conditioners to TFLite and record the interpreter's outputs"),
     "listen": ("listen", "generate held-out prompts and count how many sound like what was asked for"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import re
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from itertools import chain, count, islice
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from . import MlxAudioError, __version__
@@ -156,8 +158,50 @@ def info_model(folder: Path) -> None:
         print(f"latents: {config.autoencoder.decoder.latent_dim} channels, {config.downsampling_ratio} frames each")
 
 
+def extract_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("path", type=Path, metavar="FILE.tflite", help="an export of the conditioners")
+    add("--output", type=Path, metavar="DIR", required=True, help="the model folder to write")
+    add("--tokenizer", type=Path, metavar="spiece.model", help="a sentencepiece model to put beside the weights")
+    add("--no-check", action="store_true", help="do not compare what was recovered with the graph itself")
+    add("--overwrite", action="store_true", help="replace a folder that an extraction wrote")
+
+
+def extract(args: argparse.Namespace) -> None:
+    extraction = _extraction()
+    try:
+        report = extraction.extract(args.path, args.output, args.tokenizer, not args.no_check, args.overwrite)
+    except extraction.ExtractionError as error:
+        for line in error.details:
+            print(line, file=sys.stderr)
+        raise MlxAudioError(error.problem) from error
+    print("\n".join([*report.lines(), f"{args.output}: written"]))
+
+
+def inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="FILE.tflite", help="a TFLite file")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    report = _extraction().inspect(args.path)
+    print(json.dumps(report.as_json(), indent=2) if args.json else "\n".join(report.lines()))
+
+
+def _extraction() -> ModuleType:
+    try:
+        import tflite  # noqa: F401
+    except ImportError as error:
+        raise InputError("reading .tflite files is an extra: pip install 'mlx-audio-native[extract]'") from error
+    import extraction
+
+    return extraction
+
+
 COMMANDS = (
     Command("generate", "a prompt in, a WAV out", generate_arguments, generate),
+    Command("extract", "a .tflite file's conditioners as part of a model folder", extract_arguments, extract),
+    Command("inspect", "what a .tflite file holds", inspect_arguments, inspect),
     Command("info", "what made a clip, or what a model folder holds", info_arguments, info),
 )
 
