@@ -62,6 +62,7 @@ def test_defaults_are_the_reference_constructors():
     number = read(("model", "conditioning", "configs", 1, "config"), {}).numbers[0]
     assert (number.min, number.max, number.scale) == (0, 1, None)
     assert (number.features, number.angle_constants) == (("x", "sin", "cos"), ANGLE_CONSTANTS)
+    assert T5Config.read(Section({}, "t5")) == T5Config(32128, 512, 64, 2048, 6, 8, False, 32, 128, 1e-6)
     dit = ModelConfig.from_dict(CONFIG).dit
     assert (dit.qk_norm, dit.norm_eps, dit.ff_dim, dit.cond_embed_dim) == (False, 1e-5, 4 * 64, 64)
 
