@@ -30,8 +30,12 @@ class Run(Protocol):
 
 
 def kind(value: Array) -> str:
-    name = str(value.dtype)
-    return "f" if "float" in name else "b" if "bool" in name else "i"
+    """f for a floating type, b for bool, i for whole numbers, O for objects."""
+    code = getattr(value.dtype, "kind", None)
+    if code is None:
+        name = str(value.dtype)
+        return "f" if "float" in name else "b" if "bool" in name else "i"
+    return "i" if code == "u" else code
 
 
 def ints(value: Array) -> list[int]:

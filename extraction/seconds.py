@@ -16,7 +16,7 @@ import numpy as np
 from .errors import ExtractionError
 from .evaluate import Evaluator
 from .graph import Linear, Wiring
-from .operators import Array
+from .operators import Array, kind
 from .schema import Operator
 
 _MOST_FEATURES = 2**14
@@ -77,7 +77,7 @@ class _Chains(Evaluator):
     """The evaluation with chains for numbers, in NumPy arrays of objects."""
 
     def array(self, value: Any) -> Array:
-        return value if str(getattr(value, "dtype", "")) == "object" else super().array(value)
+        return value if hasattr(value, "dtype") and kind(value) == "O" else super().array(value)
 
     def room(self, operator: Operator, shape: Any, work: int = 0) -> tuple[int, ...]:
         shape = super().room(operator, shape, work)
@@ -86,7 +86,7 @@ class _Chains(Evaluator):
         return shape
 
     def _apply(self, operator: Operator, operands: list[Array | None]) -> Sequence[Array]:
-        if any(value is not None and str(value.dtype) == "object" for value in operands):
+        if any(value is not None and kind(value) == "O" for value in operands):
             name = operator.name
             if name in ("CAST", "DEQUANTIZE", "QUANTIZE"):
                 return operands[:1]

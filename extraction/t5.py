@@ -20,6 +20,8 @@ from .graph import Linear, Wiring
 from .probe import Probe, Stage
 from .schema import Operator
 
+# what the runtime's config takes
+_MOST_TOKENS = 2**14
 Weight = Callable[[], np.ndarray]
 
 # buckets and distances of a folded bias cannot be read, only tried; the published T5s all have the first pair
@@ -115,13 +117,15 @@ class _Recovery:
             raise ExtractionError(
                 f"attention is masked by {len(masks - {self.ids})} inputs of the graph; T5 has one mask"
             )
-        return masks.pop()
+        mask = masks.pop()
+        sizes = {int(np.prod(self.wiring.shape(index), dtype=object)) for index in (self.ids, mask)}
+        if len(sizes) > 1 or max(sizes) > _MOST_TOKENS:
+            raise ExtractionError(f"ids and mask have {sorted(sizes)} tokens; both need as many, up to {_MOST_TOKENS}")
+        return mask
 
     def _check_ids(self) -> None:
         """The indices of the lookup are the token ids themselves, however negative ones are treated."""
         size = int(np.prod(self.wiring.shape(self.ids), dtype=object))
-        if size > 2**16:
-            raise ExtractionError(f"{size} tokens at once are more than any T5 takes")
         steps = np.linspace(0, self.vocabulary - 1, 4 * size).round().astype(np.int64).reshape(4, size)
         for ids in steps:
             found = self.evaluator.run({self.ids: ids.reshape(self.wiring.shape(self.ids))}, [self.embedding.indices])[
