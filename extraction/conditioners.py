@@ -76,7 +76,7 @@ class _Outputs:
                     f"text is {self.dim} wide, input {number.input} is embedded as {len(number.weight)}"
                 )
         self.probe = Probe(wiring, evaluator, text.encode_length, text.mask)
-        self.warnings: list[str] = []
+        self.warnings = list(text.warnings)
 
     def assemble(self) -> Conditioners:
         graph, reach = self.wiring.graph, self.wiring.reached_by

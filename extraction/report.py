@@ -49,6 +49,7 @@ class Report:
         else:
             lines += [f"{name}: {number['formula']}" for name, number in found["numbers"].items()]
             sizes = ", ".join(f"{name} {value}" for name, value in found["text"].items())
+            lines.append(f"precision: {found['precision']}")
             lines.append(f"text: {found['encode_length']} tokens encoded, {found['max_length']} kept; {sizes}")
             lines.append(f"tokens: {', '.join(found['cross_attention'])}; global: {', '.join(found['global'])}")
         if self.check:
@@ -65,10 +66,6 @@ def report(
 ) -> Report:
     """`found` is None where recovery failed, for `problem`."""
     graph = wiring.graph
-    constants: Counter[str] = Counter()
-    for tensor in graph.tensors:
-        if tensor.data is not None:
-            constants[tensor.type] += int(np.prod(tensor.shape, dtype=object))
     return Report(
         file=graph.path.name,
         sha256=_sha256(graph.path),
@@ -77,7 +74,7 @@ def report(
         inputs=[label(wiring, index) for index in graph.inputs],
         outputs=[label(wiring, index, False) for index in graph.outputs],
         operators=dict(Counter(operator.name for operator in graph.operators).most_common()),
-        constants=dict(constants.most_common()),
+        constants=dict(_constants(wiring).most_common()),
         conditioners=_describe(found) if found else None,
         problem=problem,
         notes=_notes(found) if found else [],
@@ -92,6 +89,15 @@ def _sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _constants(wiring: Wiring) -> Counter[str]:
+    """How many numbers the file's constants of each type hold."""
+    constants: Counter[str] = Counter()
+    for tensor in wiring.graph.tensors:
+        if tensor.data is not None:
+            constants[tensor.type] += int(np.prod(tensor.shape, dtype=object))
+    return constants
 
 
 def _describe(found: Conditioners) -> dict[str, Any]:
@@ -109,6 +115,7 @@ def _describe(found: Conditioners) -> dict[str, Any]:
         "encode_length": found.text.encode_length,
         "max_length": found.max_length,
         "cond_dim": found.cond_dim,
+        "precision": max(_constants(found.wiring).items(), key=lambda item: item[1])[0].lower(),
         "projection": found.text.projection is not None,
         "cross_attention": list(found.cross_ids),
         "global": list(found.numbers),

@@ -48,10 +48,12 @@ class T5:
     half_gelu: bool = False
     half: bool = False
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def stored(self, values: np.ndarray) -> np.ndarray:
         """Probed values in the file's precision: float16 where that is exact and the table's too."""
-        half = values.astype(np.float16)
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
         return half if self.half and np.array_equal(half, values) else values
 
 
@@ -85,6 +87,7 @@ class _Recovery:
         self.epsilons: set[float] = set()
         self.bias: np.ndarray | None = None
         self.activations: set[str] = set()
+        self.key_first: list[bool] = []
 
     def run(self) -> T5:
         self._check_ids()
@@ -163,6 +166,7 @@ class _Recovery:
         if self.bias is not None and not np.array_equal(bias, self.bias):
             raise ExtractionError(f"{where} has a relative bias of its own; T5 shares one")
         self.bias = bias
+        self.key_first.append(bool(pairs[:, 0].min() > pairs[:, 1].min()))
         value_used, value_stages = self._stages(group, out.input)
         context = self.probe.context(weights, value_stages, out.input, heads, where)
         order = np.lexsort((context[:, 1], context[:, 0]))
@@ -287,6 +291,12 @@ class _Recovery:
             raise ExtractionError(f"the norms have the epsilons {sorted(self.epsilons)}; T5 has one, above 0")
         if len(self.activations) != 1:
             raise ExtractionError(f"the layers have different activations: {', '.join(sorted(self.activations))}")
+        odd = [block for block, first in enumerate(self.key_first) if self.key_first.count(first) * 2 < layers]
+        if odd:
+            self.t5.warnings.append(
+                f"queries and keys of block {', '.join(map(str, odd))} change places against the other blocks: the "
+                "exporter may have transposed the scores; the recovered weights follow the graph"
+            )
         self.t5.half_gelu = "half-precision" in next(iter(self.activations))
         table, buckets, distance = self._relative_bias()
         self.t5.weights["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = lambda: (

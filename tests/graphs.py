@@ -15,7 +15,7 @@ OPTIONS = {
     **{name: name.capitalize() for name in ("ADD", "SUB", "MUL", "DIV")},
     **{"FULLY_CONNECTED": "FullyConnected", "BATCH_MATMUL": "BatchMatMul", "CONCATENATION": "Concatenation"},
     **{"SOFTMAX": "Softmax", "GATHER": "Gather", "MEAN": "Reducer", "SUM": "Reducer", "STRIDED_SLICE": "StridedSlice"},
-    **{"PACK": "Pack", "SQUEEZE": "Squeeze", "GELU": "Gelu", "RESHAPE": "Reshape"},
+    **{"PACK": "Pack", "ONE_HOT": "OneHot", "UNPACK": "Unpack", "CONV_2D": "Conv2D", "SQUEEZE": "Squeeze", "GELU": "Gelu", "RESHAPE": "Reshape"},
 }
 
 
