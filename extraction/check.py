@@ -70,7 +70,7 @@ def _compare_seconds(found: Conditioners, model: Conditioner, evaluator: Evaluat
     values = np.asarray(model.encode(tokens, tokens, **columns).global_cond)
     worst = 0.0
     for row in range(count):
-        feeds = {n.input: columns[name][row].reshape(found.wiring.shape(n.input)) for name, n in found.numbers.items()}
+        feeds = {number.input: columns[name][row] for name, number in found.numbers.items()}
         expected = evaluator.run(feeds, [found.global_])[0].reshape(-1)
         where = f"seconds {', '.join(f'{columns[name][row]:.9g}' for name in columns)}"
         worst = max(worst, _difference(values[row], expected, SECONDS_BOUND, where))
@@ -80,13 +80,12 @@ def _compare_seconds(found: Conditioners, model: Conditioner, evaluator: Evaluat
 def _compare_text(
     found: Conditioners, model: Conditioner, evaluator: Evaluator, rng: np.random.Generator, length: int
 ) -> dict[str, float]:
-    wiring, text = found.wiring, found.text
-    shape = wiring.shape(text.ids)
-    ids, mask = np.zeros((2, int(np.prod(shape))), np.int64)
+    text = found.text
+    ids, mask = np.zeros((2, int(np.prod(found.wiring.shape(text.ids)))), np.int64)
     ids[:length], mask[:length] = rng.integers(0, text.config["vocab_size"], length), 1
     numbers = {name: float(np.float32(rng.uniform(n.min, n.max))) for name, n in found.numbers.items()}
-    feeds = {n.input: np.full(wiring.shape(n.input), numbers[name]) for name, n in found.numbers.items()}
-    feeds |= {text.ids: ids.reshape(shape), text.mask: mask.reshape(wiring.shape(text.mask))}
+    feeds = {number.input: numbers[name] for name, number in found.numbers.items()}
+    feeds |= {text.ids: ids, text.mask: mask}
     expected = evaluator.run(feeds, [found.cross])[0].reshape(-1, found.cond_dim)
     encoded: Conditioning = model.encode(ids[None, : text.encode_length], mask[None, : text.encode_length], **numbers)
     actual = np.asarray(encoded.cross_attention)[0]

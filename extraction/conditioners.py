@@ -11,7 +11,7 @@ from . import seconds, t5
 from .errors import ExtractionError
 from .evaluate import Evaluator
 from .graph import Wiring
-from .probe import Probe
+from .probe import Probe, shaped
 from .seconds import Seconds
 from .t5 import T5
 
@@ -97,8 +97,10 @@ class _Outputs:
         blocks = list(dict.fromkeys(order))
         if not rows or rows != list(range(rows[0], rows[0] + len(rows))) or len(order) != len(rows) + len(blocks) - 1:
             raise ExtractionError("the cross-attention output is no text and one token for each number")
+        if len(rows) > self.text.encode_length:
+            raise ExtractionError(f"{len(rows)} text tokens come out of {self.text.encode_length}")
         text_bias = bias[rows[0]]
-        masking = self._text_rows(cross, rows, text_bias)
+        masking = self._text_rows(cross, len(order), rows, text_bias)
         in_global = self._global(global_, bias, order) if global_ is not None else []
         named = in_global if len(in_global) >= len(blocks) - 1 else [place for place in blocks if place is not None]
         if len(named) != len(self.numbers) or len(named) not in _NAMES:
@@ -126,12 +128,11 @@ class _Outputs:
         given = {}
         for number, code in zip(self.numbers, codes, strict=True):
             for linear in number.linears:
-                given[linear.output] = np.broadcast_to(code, (1, self.dim)).reshape(self.wiring.shape(linear.output))
+                given[linear.output] = np.broadcast_to(code, self.dim)
         stages = {}
         if self.text.projection:
-            shape = self.wiring.shape(self.text.projection.output)
-            value = np.zeros(shape) if text is None else text
-            given[self.text.projection.output] = value.reshape(shape)
+            product = self.text.projection.output
+            given[product] = np.zeros(self.wiring.shape(product)) if text is None else text
         else:
             stages = {stage: np.zeros(1) for stage in self.text.residual}
             if text is not None:
@@ -143,7 +144,7 @@ class _Outputs:
         zero = [np.zeros(1)] * len(self.numbers)
         codes = [1 + place * self.dim + np.arange(self.dim) for place in range(len(self.numbers))]
         bias = self.probe.rows(self._read(cross, zero, None), "the cross-attention output", self.dim)
-        found = self._read(cross, codes, None).reshape(bias.shape) - bias
+        found = self._rows(self._read(cross, codes, None), len(bias)) - bias
         order: list[int | None] = []
         for row in found:
             match = [place for place, code in enumerate(codes) if np.abs(row - code).max() < 1e-6]
@@ -152,14 +153,16 @@ class _Outputs:
             order.append(match[0] if match else None)
         return order, bias
 
-    def _text_rows(self, cross: int, rows: list[int], bias: np.ndarray) -> str:
+    def _rows(self, value: np.ndarray, tokens: int) -> np.ndarray:
+        return shaped(value, (tokens, self.dim), "the cross-attention output")
+
+    def _text_rows(self, cross: int, size: int, rows: list[int], bias: np.ndarray) -> str:
         """Checks that the text tokens are the last states, normed, cropped and projected. Returns what is masked."""
         text, count = self.text, len(rows)
         zero = [np.zeros(1)] * len(self.numbers)
         rng = np.random.default_rng(0)
-        given = {
-            linear.output: np.zeros(self.wiring.shape(linear.output)) for n in self.numbers for linear in n.linears
-        }
+        products = [linear.output for number in self.numbers for linear in number.linears]
+        given = {product: np.zeros(self.dim) for product in products}
         final = text.projection.input if text.projection else cross
         pick = slice(None) if text.projection else slice(rows[0], rows[0] + count)
         gain, epsilon = self.probe.norm(text.residual, final, "the last norm", pick, given)
@@ -168,15 +171,15 @@ class _Outputs:
                 f"the last norm has the epsilon {epsilon:g}, the others {text.config['layer_norm_epsilon']}"
             )
         text.weights["encoder.final_layer_norm.weight"] = lambda: text.stored(gain)
-        shape = (self.text.encode_length, self.dim)
+        length = text.encode_length
         if text.projection:
-            shape = (int(np.prod(self.wiring.shape(text.projection.output))) // self.dim, self.dim)
-        states = rng.standard_normal(shape)
-        whole = self._read(cross, zero, states).reshape(-1, self.dim)[rows]
+            length = int(np.prod(self.wiring.shape(text.projection.output), dtype=object)) // self.dim
+        states = rng.standard_normal((length, self.dim))
+        whole = self._rows(self._read(cross, zero, states), size)[rows]
         if text.projection and not np.allclose(whole, states[:count] + bias, rtol=0, atol=1e-9):
             raise ExtractionError("the text tokens are not the first rows of the projection")
         mask = np.arange(int(np.prod(self.wiring.shape(text.mask)))) % 3 != 1
-        found = self._read(cross, zero, states, mask.astype(np.float64)).reshape(-1, self.dim)[rows]
+        found = self._rows(self._read(cross, zero, states, mask.astype(np.float64)), size)[rows]
         if np.allclose(found, whole * mask[:count, None], rtol=0, atol=1e-9):
             return "rows"
         if count == self.dim and np.allclose(found, whole * mask[None, :count], rtol=0, atol=1e-9):
@@ -189,7 +192,7 @@ class _Outputs:
         zero = [np.zeros(1)] * len(self.numbers)
         codes = [1 + place * self.dim + np.arange(self.dim) for place in range(len(self.numbers))]
         base = self.probe.rows(self._read(global_, zero, None), "the global output", self.dim)
-        found = self._read(global_, codes, None).reshape(base.shape) - base
+        found = shaped(self._read(global_, codes, None), base.shape, "the global output") - base
         in_order = []
         for row, rest in zip(found, base, strict=True):
             match = [place for place, code in enumerate(codes) if np.abs(row - code).max() < 1e-6]

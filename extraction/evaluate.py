@@ -47,8 +47,11 @@ class Evaluator:
         self._constants = self if isinstance(self, Constants) else Constants(wiring)
 
     def run(self, feeds: Mapping[int, Any], outputs: Sequence[int]) -> list[Array]:
-        """The values of `outputs`. `feeds` gives any tensors of the graph; what lies before them is not evaluated."""
-        values: dict[int, Array] = {index: self.array(value) for index, value in feeds.items()}
+        """The values of `outputs`.
+
+        `feeds` gives any tensors of the graph, in any shape of as many elements; what lies before is not evaluated.
+        """
+        values: dict[int, Array] = {index: self._fed(index, value) for index, value in feeds.items()}
         operators = self._operators(outputs, feeds)
         uses: dict[int, int] = {}
         for index in [*outputs, *(index for operator in operators for index in operator.inputs)]:
@@ -65,6 +68,14 @@ class Evaluator:
                 if uses[index] == 0 and index in values and index not in feeds:
                     live -= values.pop(index).nbytes
         return [self._value(index, values) for index in outputs]
+
+    def _fed(self, index: int, value: Any) -> Array:
+        value, shape = self.array(value), self._wiring.shape(index)
+        if value.size != prod(shape):
+            raise ExtractionError(
+                f"tensor {index} has the shape {list(shape)}, where {value.size} values were expected"
+            )
+        return value.reshape(shape)
 
     def array(self, value: Any) -> Array:
         """A number or array in the types that the evaluation uses: the floating type, int64 or bool."""

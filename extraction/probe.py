@@ -40,6 +40,13 @@ class Stage:
     channels: int
 
 
+def shaped(value: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
+    """`value` in another shape of as many elements. Raises ExtractionError where it has not as many."""
+    if value.size != np.prod(shape, dtype=object):
+        raise ExtractionError(f"{where}: {list(value.shape)} where {list(shape)} was expected")
+    return value.reshape(shape)
+
+
 def _split(states: np.ndarray, stages: Sequence[Stage]) -> dict[Stage, np.ndarray]:
     """Channels counted over all stages, cut into each stage's own."""
     ends = np.cumsum([stage.channels for stage in stages])
@@ -52,7 +59,7 @@ class Probe:
     Each method raises ExtractionError where the graph does not compute what it looks for.
     """
 
-    def __init__(self, wiring: Wiring, evaluator: Evaluator, length: int, mask: int | None) -> None:
+    def __init__(self, wiring: Wiring, evaluator: Evaluator, length: int, mask: int) -> None:
         self._wiring, self._evaluator = wiring, evaluator
         self.length, self.mask = length, mask
 
@@ -66,22 +73,13 @@ class Probe:
         """The target tensor, for stages fed with (length, channels) or what broadcasts to it."""
         given: dict[int, np.ndarray] = dict(extra or {})
         for stage, value in feeds.items():
-            shape = self._wiring.shape(stage.tensor)
-            if np.prod(shape, dtype=object) != self.length * stage.channels:
-                raise ExtractionError(
-                    f"tensor {stage.tensor} has the shape {list(shape)}, not {self.length} positions × {stage.channels}"
-                )
-            given[stage.tensor] = np.broadcast_to(value, (self.length, stage.channels)).reshape(shape)
-        if self.mask is not None:
-            ones = np.ones(self._wiring.shape(self.mask))
-            given[self.mask] = ones if mask is None else mask.reshape(ones.shape)
+            given[stage.tensor] = np.broadcast_to(value, (self.length, stage.channels))
+        given[self.mask] = np.ones(self._wiring.shape(self.mask)) if mask is None else mask
         return self._evaluator.run(given, [target])[0]
 
     def rows(self, value: np.ndarray, where: str, channels: int) -> np.ndarray:
         """`value` as (positions, channels)."""
-        if not value.size or value.size % channels:
-            raise ExtractionError(f"{where}: {list(value.shape)} does not divide into rows of {channels}")
-        return value.reshape(-1, channels)
+        return shaped(value, (max(value.size // max(channels, 1), 1), channels), where)
 
     def norm(
         self,
@@ -125,7 +123,7 @@ class Probe:
             raise ExtractionError(f"{where} has a single position, which tells nothing")
 
         def read(states: np.ndarray) -> np.ndarray:
-            return self.read(_split(states, sources), target).reshape(heads, length, length)
+            return shaped(self.read(_split(states, sources), target), (heads, length, length), where)
 
         bias = read(np.zeros((length, total)))
         states = np.random.default_rng(0).standard_normal((length, total))
@@ -159,11 +157,10 @@ class Probe:
     def context(self, weights: int, sources: Sequence[Stage], target: int, heads: int, where: str) -> np.ndarray:
         """Head and value channel, counted over all sources, of each channel of `target = softmax @ values`."""
         length, total = self.length, sum(stage.channels for stage in sources)
-        shape = self._wiring.shape(weights)
 
         def read(attention: np.ndarray, states: np.ndarray) -> np.ndarray:
-            value = self.read(_split(states, sources), target, extra={weights: attention.reshape(shape)})
-            return value.reshape(length, -1)
+            value = self.read(_split(states, sources), target, extra={weights: attention})
+            return self.rows(value, where, value.size // length)
 
         identity = np.broadcast_to(np.eye(length), (heads, length, length))
         numbered = np.broadcast_to(np.arange(1, total + 1), (length, total))
@@ -190,7 +187,7 @@ class Probe:
             for first in range(0, len(states), self.length):
                 rows = states[first : first + self.length]
                 fed = np.concatenate([rows, np.ones((self.length - len(rows), total))])
-                found.append(self.read(_split(fed, sources), target).reshape(self.length, -1)[: len(rows)])
+                found.append(shaped(self.read(_split(fed, sources), target), (self.length, width), where)[: len(rows)])
             return np.concatenate(found)
 
         # far above 0 any activation passes its input on, far below it gives 0: the numbers' bits come through as signs

@@ -173,8 +173,8 @@ def _interpret(features: np.ndarray, evaluator: Evaluator, linear: Linear, input
     if weight.shape[1] != len(features) or not all(isinstance(item, Chain) and item.steps for item in features):
         raise _Inexpressible(f"{len(features)} features meet a weight of shape {list(weight.shape)}")
     kinds = [item.steps[-1][0] if item.steps[-1][0] in ("sin", "cos") else "x" for item in features]
-    places = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)}
-    angles = {kind: [features[i].steps[:-1] for i in where] for kind, where in places.items() if kind != "x"}
+    places = {name: [i for i, other in enumerate(kinds) if other == name] for name in dict.fromkeys(kinds)}
+    angles = {name: [features[i].steps[:-1] for i in where] for name, where in places.items() if name != "x"}
     if len(places.get("x", ())) > 1 or not angles:
         raise _Inexpressible("the features are not x, sines and cosines")
     number = features[places["x"][0]].steps if "x" in places else _shared_number(next(iter(angles.values())))
@@ -182,17 +182,17 @@ def _interpret(features: np.ndarray, evaluator: Evaluator, linear: Linear, input
     low, high, scale = _number(number, notes)
     frequencies: dict[str, tuple[float, ...]] = {}
     factors: dict[str, tuple[float, ...]] = {}
-    for kind, chains in angles.items():
-        frequencies[kind], factors[kind] = _angle(chains, number, notes)
+    for name, chains in angles.items():
+        frequencies[name], factors[name] = _angle(chains, number, notes)
     reference = next(iter(frequencies))
-    for kind, found in frequencies.items():
-        if sorted(found) != sorted(frequencies[reference]) or factors[kind] != factors[reference]:
+    for name, found in frequencies.items():
+        if sorted(found) != sorted(frequencies[reference]) or factors[name] != factors[reference]:
             raise _Inexpressible("sines and cosines have different angles")
-        # columns follow the first kind's frequencies, whatever order the graph has them in
+        # columns follow the first name's frequencies, whatever order the graph has them in
         order = sorted(range(len(found)), key=lambda i, found=found: (found[i], i))
         wanted = sorted(range(len(found)), key=lambda i: (frequencies[reference][i], i))
-        places[kind] = [places[kind][order[wanted.index(i)]] for i in range(len(found))]
-    columns = [i for kind in places for i in places[kind]]
+        places[name] = [places[name][order[wanted.index(i)]] for i in range(len(found))]
+    columns = [i for name in places for i in places[name]]
     if columns != list(range(len(features))):
         notes.append("features are interleaved in the graph; their columns were sorted into blocks")
         weight = weight[:, columns]

@@ -17,7 +17,7 @@ from mlx_audio_native.t5 import relative_buckets
 from .errors import ExtractionError
 from .evaluate import Evaluator
 from .graph import Linear, Wiring
-from .probe import Probe, Stage
+from .probe import Probe, Stage, shaped
 from .schema import Operator
 
 # what the runtime's config takes
@@ -131,9 +131,7 @@ class _Recovery:
         size = int(np.prod(self.wiring.shape(self.ids), dtype=object))
         steps = np.linspace(0, self.vocabulary - 1, 4 * size).round().astype(np.int64).reshape(4, size)
         for ids in steps:
-            found = self.evaluator.run({self.ids: ids.reshape(self.wiring.shape(self.ids))}, [self.embedding.indices])[
-                0
-            ]
+            found = self.evaluator.run({self.ids: ids}, [self.embedding.indices])[0]
             if found.size > size or not np.array_equal(found.reshape(-1), ids[: found.size]):
                 raise ExtractionError(f"{self.embedding.operator} does not look up the token ids themselves")
 
@@ -192,7 +190,7 @@ class _Recovery:
         """A masked key is out of reach for every query of every head, and the mask does nothing else."""
         mask = np.arange(int(np.prod(self.wiring.shape(self.mask), dtype=object))) % 3 != 1
         found = self.probe.read({stage: np.zeros(1) for stage in stages}, scores, mask.astype(np.float64))
-        found = found.reshape(bias.shape)
+        found = shaped(found, bias.shape, where)
         real = mask[: self.length]
         if len(real) < self.length or (found[..., real] != bias[..., real]).any() or found[..., ~real].max() > -1e4:
             raise ExtractionError(f"{where}: the mask does not hide padding, or does more than that")

@@ -111,7 +111,7 @@ SOURCES = {
 
 
 class Conditioners(nn.Module):
-    """input_ids and attention_mask (1, encode_length) and a number each (1,) to tokens, their mask and the global vector.
+    """input_ids and attention_mask (1, encode_length) and numbers (1,) to tokens, their mask and the global vector.
 
     `half` traces T5 in half precision, as an encoder kept outside the module tree is.
     """

@@ -15,7 +15,15 @@ OPTIONS = {
     **{name: name.capitalize() for name in ("ADD", "SUB", "MUL", "DIV")},
     **{"FULLY_CONNECTED": "FullyConnected", "BATCH_MATMUL": "BatchMatMul", "CONCATENATION": "Concatenation"},
     **{"SOFTMAX": "Softmax", "GATHER": "Gather", "MEAN": "Reducer", "SUM": "Reducer", "STRIDED_SLICE": "StridedSlice"},
-    **{"PACK": "Pack", "ONE_HOT": "OneHot", "UNPACK": "Unpack", "CONV_2D": "Conv2D", "SQUEEZE": "Squeeze", "GELU": "Gelu", "RESHAPE": "Reshape"},
+    **{
+        "PACK": "Pack",
+        "ONE_HOT": "OneHot",
+        "UNPACK": "Unpack",
+        "CONV_2D": "Conv2D",
+        "SQUEEZE": "Squeeze",
+        "GELU": "Gelu",
+        "RESHAPE": "Reshape",
+    },
 }
 
 
@@ -35,9 +43,11 @@ class GraphBuilder:
         array = np.asarray(values, dtype)
         return self.tensor(array.shape, TYPES[array.dtype], array.tobytes(), **more)
 
-    def op(self, name: str, *inputs: Any, shape=(1,), kind="FLOAT32", outputs: int = 1, **options: Any) -> int:
+    def op(self, name: str, *inputs: Any, shape=(1,), kind="FLOAT32", outputs=1, **options: Any) -> int:
         """Adds an operator and its outputs; returns the first output. Inputs that are no tensor become constants."""
-        given = [x if type(x) is int else self.constant(x, "i4" if np.asarray(x).dtype.kind == "i" else "f4") for x in inputs]
+        given = [
+            x if type(x) is int else self.constant(x, "i4" if np.asarray(x).dtype.kind == "i" else "f4") for x in inputs
+        ]
         made = [self.tensor(shape, kind) for _ in range(outputs)]
         self.operators.append({"name": name, "inputs": given, "outputs": made, "options": options})
         return made[0]
@@ -55,7 +65,9 @@ class GraphBuilder:
         moved = dict(item for item in outside if item)
         names = list(dict.fromkeys(operator["name"] for operator in self.operators))
         # offsets of outside data are known only once the table is: build twice
-        data = self._build(builder, names, buffers, places, inputs, outputs, new_codes_only, dict.fromkeys(moved, (2, 1)))
+        data = self._build(
+            builder, names, buffers, places, inputs, outputs, new_codes_only, dict.fromkeys(moved, (2, 1))
+        )
         if moved:
             where, end = {}, len(data)
             for index, content in moved.items():
@@ -89,7 +101,9 @@ class GraphBuilder:
                 tflite.BufferAddOffset(b, moved[index][0])
                 tflite.BufferAddSize(b, moved[index][1])
             buffer_offsets.append(tflite.BufferEnd(b))
-        tensor_offsets = [self._tensor(b, t, place, ints, vector) for t, place in zip(self.tensors, places, strict=True)]
+        tensor_offsets = [
+            self._tensor(b, t, place, ints, vector) for t, place in zip(self.tensors, places, strict=True)
+        ]
         operator_offsets = [self._operator(b, operator, names, ints) for operator in self.operators]
         codes = []
         for name in names:

@@ -80,7 +80,13 @@ CASES = [
     ("SLICE", [np.array([0, 1]), np.array([-1, 2])], X, X[:, 1:3], {}),
     ("STRIDED_SLICE", [np.array([0, 2]), np.array([2, 0]), np.array([1, -1])], X, X[:, 2:0:-1], {}),
     ("STRIDED_SLICE", [np.array([1, 0]), np.array([2, 3]), np.array([1, 1])], X, X[1], {"ShrinkAxisMask": 1}),
-    ("STRIDED_SLICE", [np.array([1, 1]), np.array([0, 0]), np.array([1, 1])], X, X[:, 1:], {"BeginMask": 1, "EndMask": 3}),
+    (
+        "STRIDED_SLICE",
+        [np.array([1, 1]), np.array([0, 0]), np.array([1, 1])],
+        X,
+        X[:, 1:],
+        {"BeginMask": 1, "EndMask": 3},
+    ),
     ("CONCATENATION", [X, X], X, np.concatenate([X, X, X], -1), {"Axis": -1}),
     ("PACK", [X], X, np.stack([X, X], 1), {"Axis": 1}),
     ("TILE", [np.array([2, 1])], X, np.tile(X, (2, 1)), {}),
@@ -107,7 +113,9 @@ def wire(tmp_path, builder, inputs, outputs) -> Wiring:
     return Wiring(read(path))
 
 
-@pytest.mark.parametrize(("xp", "precision", "bound"), [(np, "float64", 1e-6), (mx, "float32", 2e-6)], ids=["numpy", "mlx"])
+@pytest.mark.parametrize(
+    ("xp", "precision", "bound"), [(np, "float64", 1e-6), (mx, "float32", 2e-6)], ids=["numpy", "mlx"]
+)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
 def test_operator_by_its_definition(tmp_path, case, xp, precision, bound):
     name, operands, first, expected, options = case
@@ -131,11 +139,15 @@ def test_several_outputs_and_selection(tmp_path):
     hot = b.op("ONE_HOT", [2, 0], b.constant(3, "i4"), b.constant(1.0), b.constant(0.0), Axis=-1)
     counted = b.op("RANGE", b.constant(1, "i4"), b.constant(8, "i4"), b.constant(3, "i4"), kind="INT32")
     filled = b.op("FILL", [2, 2], b.constant(4.0))
-    both = b.op("LOGICAL_AND", b.op("LESS", x, [6.0]), b.op("LOGICAL_OR", b.op("GREATER", x, [0.0]), b.op("LESS", x, [-3.0])))
+    both = b.op(
+        "LOGICAL_AND", b.op("LESS", x, [6.0]), b.op("LOGICAL_OR", b.op("GREATER", x, [0.0]), b.op("LESS", x, [-3.0]))
+    )
     cast = b.op("CAST", b.op("CAST", x, shape=(2, 4), kind="INT32"), shape=(2, 4), kind="BOOL")
     old = b.op("SELECT", b.op("EQUAL", [1, 2], [1, 1]), x, b.op("NEG", x))
     looked = b.op("EMBEDDING_LOOKUP", [1, 0], x)
-    pointwise = b.op("CONV_2D", b.op("RESHAPE", x, [1, 1, 2, 4]), np.ones((3, 1, 1, 4)), [1.0, 2.0, 3.0], StrideW=1, StrideH=1)
+    pointwise = b.op(
+        "CONV_2D", b.op("RESHAPE", x, [1, 1, 2, 4]), np.ones((3, 1, 1, 4)), [1.0, 2.0, 3.0], StrideW=1, StrideH=1
+    )
     outputs = [parts + 1, sized + 1, rows, chosen, hot, counted, filled, both, cast, old, looked, pointwise]
     value = np.array([[1.0, -2.0, 3.0, -4.0], [5.0, 6.0, 7.0, 8.0]])
     found = Evaluator(wire(tmp_path, b, [x], outputs)).run({x: value}, outputs)
@@ -156,7 +168,9 @@ def test_random_graphs_agree_with_numpy_and_mlx(tmp_path_factory, first, data):
     value = first.astype(np.float64)
     for step in data.draw(st.lists(st.sampled_from(STEPS), min_size=1, max_size=8)):
         rows, width = value.shape
-        other = np.asarray(data.draw(npst.arrays(np.float32, (width,), elements=st.floats(-2, 2, width=16))), np.float64)
+        other = np.asarray(
+            data.draw(npst.arrays(np.float32, (width,), elements=st.floats(-2, 2, width=16))), np.float64
+        )
         if step in ("ADD", "MUL", "MINIMUM"):
             value = {"ADD": np.add, "MUL": np.multiply, "MINIMUM": np.minimum}[step](value, other)
             y = b.op(step, y, other)
@@ -211,4 +225,3 @@ def test_what_cannot_be_evaluated_is_named(tmp_path, name, operands, problem):
     y = b.op(name, x, *operands)
     with pytest.raises(ExtractionError, match=f"operator 0 {name} .*{problem}|operator 0 {name} {problem}"):
         Evaluator(wire(tmp_path, b, [x], [y])).run({x: np.ones(1)}, [y])
-

@@ -80,7 +80,9 @@ def dit_like(tmp_path: Path) -> Path:
     latents, t, cross, global_ = b.tensor((1, 4)), b.tensor((1,)), b.tensor((1, 4)), b.tensor((1, 4))
     velocity = b.op("FULLY_CONNECTED", b.op("ADD", latents, cross, shape=(1, 4)), np.eye(4), -1, shape=(1, 4))
     path = tmp_path / "dit.tflite"
-    path.write_bytes(b.finish([latents, t, cross, global_], [b.op("ADD", velocity, b.op("COS", t), shape=(1, 4)), cross]))
+    path.write_bytes(
+        b.finish([latents, t, cross, global_], [b.op("ADD", velocity, b.op("COS", t), shape=(1, 4)), cross])
+    )
     return path
 
 
@@ -100,7 +102,11 @@ def test_inspect_as_json(capsys):
     assert status == 0 and len(report["sha256"]) == 64 and report["bytes"] == 278628
     found = report["conditioners"]
     assert found["numbers"]["seconds_total"]["formula"].startswith("clip(s, 0, 512)·0.001953125 → [x, sin(")
-    assert found["precision"] == "float32" and found["half_precision_gelu"] and found["global"] == ["seconds_start", "seconds_total"]
+    assert (
+        found["precision"] == "float32"
+        and found["half_precision_gelu"]
+        and found["global"] == ["seconds_start", "seconds_total"]
+    )
     assert report["operators"]["BATCH_MATMUL"] == 6 and any("GELU" in note for note in report["notes"])
 
 

@@ -36,7 +36,9 @@ def test_reader_agrees_with_the_schema_package(path):
         assert found.shape == tuple(tensor.Shape(i) for i in range(tensor.ShapeLength()))
         assert (found.type, found.name) == (TYPES[tensor.Type()], tensor.Name().decode()[:200])
         buffer = model.Buffers(tensor.Buffer())
-        stored = buffer.DataAsNumpy() if buffer.DataLength() else data[buffer.Offset() : buffer.Offset() + buffer.Size()]
+        stored = (
+            buffer.DataAsNumpy() if buffer.DataLength() else data[buffer.Offset() : buffer.Offset() + buffer.Size()]
+        )
         assert bytes(found.data or b"") == bytes(stored)
         quantisation = tensor.Quantization()
         if found.quantization is not None:
@@ -102,9 +104,8 @@ def refusals():
     def sparse(b, x):
         return b.op("ADD", x, b.constant([1.0], sparse=True))
 
-    return [(custom, "operator 0 CUSTOM:FlexErf"), (variable, "operator 0 ADD"), (sparse, "operator 0 ADD")] + [
-        (resource, "operator 0 VAR_HANDLE")
-    ]
+    named = {custom: "CUSTOM:FlexErf", variable: "ADD", sparse: "ADD", resource: "VAR_HANDLE"}
+    return [(make, f"operator 0 {name}") for make, name in named.items()]
 
 
 @pytest.mark.parametrize(("make", "named"), refusals(), ids=lambda value: getattr(value, "__name__", ""))

@@ -1,4 +1,4 @@
-"""Damaged and hostile .tflite files: each ends in success or an ExtractionError, quickly, in little memory, leaving nothing."""
+"""Damaged .tflite files: each ends in a model or an ExtractionError, quickly, in little memory, nothing else left."""
 
 import gc
 import random

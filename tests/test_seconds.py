@@ -1,4 +1,4 @@
-"""The seconds formula, recovered from graphs that spell it in every way that keeps its meaning, and from some that do not."""
+"""The seconds formula, recovered from every spelling that keeps its meaning, and refused where it is another."""
 
 from math import isclose
 
@@ -54,7 +54,12 @@ def with_number(number):
 NUMBERS = {
     "as torch traces it": (clipped, 0, 256, 1 / 256),
     "clips swapped": (lambda b, s: b.op("MUL", b.op("MINIMUM", b.op("RELU", s), 256.0), 1 / 256), 0, 256, 1 / 256),
-    "constants first": (lambda b, s: b.op("MUL", [1 / 256], b.op("MAXIMUM", [0.0], b.op("MINIMUM", [256.0], s))), 0, 256, 1 / 256),
+    "constants first": (
+        lambda b, s: b.op("MUL", [1 / 256], b.op("MAXIMUM", [0.0], b.op("MINIMUM", [256.0], s))),
+        0,
+        256,
+        1 / 256,
+    ),
     "a quotient": (lambda b, s: b.op("DIV", b.op("RELU", b.op("MINIMUM", s, 256.0)), 256.0), 0, 256, None),
     "fused activation": (
         lambda b, s: b.op("MUL", b.op("MINIMUM", b.op("ADD", s, 0.0, FusedActivationFunction=1), 256.0), 1 / 256),
@@ -104,7 +109,10 @@ def test_the_formula_reads_as_it_is_written(tmp_path):
 FACTORS = {
     "folded into the frequencies": (lambda b, x: b.op("MUL", x, (W * np.float32(2) * np.float32(np.pi))[None]), ()),
     "folded by the graph": (lambda b, x: b.op("MUL", b.op("MUL", b.op("MUL", W[None], 2.0), np.pi), x), ()),
-    "half-precision pi": (lambda b, x: b.op("MUL", b.op("MUL", b.op("MUL", x, W[None]), 2.0), 3.140625), (2.0, 3.140625)),
+    "half-precision pi": (
+        lambda b, x: b.op("MUL", b.op("MUL", b.op("MUL", x, W[None]), 2.0), 3.140625),
+        (2.0, 3.140625),
+    ),
     "one factor": (lambda b, x: b.op("MUL", b.op("MUL", x, W[None]), 2 * np.pi), (float(np.float32(2 * np.pi)),)),
     "three factors": (
         lambda b, x: b.op("MUL", b.op("MUL", b.op("MUL", b.op("MUL", x, W[None]), np.pi), 4.0), 0.5),
@@ -130,7 +138,9 @@ def test_angle_factors_in_their_order(tmp_path, name):
     assert bool(found.notes) == (name == "factors before")
 
 
-@pytest.mark.parametrize("order", [("cos", "sin", "x"), ("sin", "x", "cos"), ("x", "cos", "sin"), ("sin", "cos"), ("x", "cos")])
+@pytest.mark.parametrize(
+    "order", [("cos", "sin", "x"), ("sin", "x", "cos"), ("x", "cos", "sin"), ("sin", "cos"), ("x", "cos")]
+)
 def test_feature_order_is_recovered_never_assumed(tmp_path, order):
     def build(b, s):
         x = b.op("RESHAPE", clipped(b, s), [1, 1])
@@ -155,7 +165,10 @@ def test_interleaved_features_are_sorted_into_blocks_with_their_columns(tmp_path
     found = recovered(tmp_path, build)
     assert set(found.features) == {"x", "sin", "cos"} and any("interleaved" in note for note in found.notes)
     # each column still meets the feature that it met in the graph
-    columns = {(("x", 0) if i == 0 else ("sin", W[i - 1]) if i < 7 else ("cos", W[i - 7])): DENSE[:, places.tolist().index(i)] for i in range(13)}
+    columns = {
+        (("x", 0) if i == 0 else ("sin", W[i - 1]) if i < 7 else ("cos", W[i - 7])): DENSE[:, places.tolist().index(i)]
+        for i in range(13)
+    }
     at = 0
     for name in found.features:
         for frequency in [0] if name == "x" else found.frequencies:
@@ -168,7 +181,9 @@ def test_slices_that_change_nothing_are_nothing(tmp_path):
         x = clipped(b, s)
         features = b.op("SLICE", joined(b, x, angles(b, x)), [0, 0], [1, -1])
         whole = b.op("STRIDED_SLICE", features, [0, 0], [1, 13], [1, 1])
-        return dense(b, b.op("CONCATENATION", b.op("SLICE", whole, [0, 0], [1, 4]), b.op("SLICE", whole, [0, 4], [1, 9]), Axis=1))
+        return dense(
+            b, b.op("CONCATENATION", b.op("SLICE", whole, [0, 0], [1, 4]), b.op("SLICE", whole, [0, 4], [1, 9]), Axis=1)
+        )
 
     found = recovered(tmp_path, build)
     np.testing.assert_array_equal(found.weight, DENSE)
@@ -198,7 +213,14 @@ INEXPRESSIBLE = {
     ),
     "an exponential": (with_number(lambda b, s: b.op("EXP", clipped(b, s))), "EXP"),
     "a constant feature": (
-        lambda b, s: dense(b, b.op("PAD", b.op("SLICE", joined(b, clipped(b, s), angles(b, clipped(b, s))), [0, 0], [1, 12]), [[0, 0], [0, 1]])),
+        lambda b, s: dense(
+            b,
+            b.op(
+                "PAD",
+                b.op("SLICE", joined(b, clipped(b, s), angles(b, clipped(b, s))), [0, 0], [1, 12]),
+                [[0, 0], [0, 1]],
+            ),
+        ),
         "features meet a weight",
     ),
 }
@@ -236,7 +258,9 @@ def test_half_precision_constants_stay_what_they_are(tmp_path):
 
     def build(b, s):
         x = b.op("MUL", b.op("RELU", b.op("MINIMUM", s, half(b, 256))), half(b, 1 / 47))
-        a = b.op("MUL", b.op("MUL", b.op("MUL", b.op("RESHAPE", x, [1, 1]), half(b, W[None])), half(b, 2)), half(b, np.pi))
+        a = b.op(
+            "MUL", b.op("MUL", b.op("MUL", b.op("RESHAPE", x, [1, 1]), half(b, W[None])), half(b, 2)), half(b, np.pi)
+        )
         return b.op("FULLY_CONNECTED", joined(b, x, a), half(b, DENSE), half(b, BIAS), shape=(1, 5))
 
     found = recovered(tmp_path, build)

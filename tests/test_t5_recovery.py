@@ -33,7 +33,13 @@ def exported(name: str) -> SimpleNamespace:
     """A stored export, what was recovered from it, its source's weights, and the interpreter's inputs and outputs."""
     found = recover(Wiring(read(DATA / f"{name}.tflite")))
     with safe_open(DATA / f"{name}.safetensors", "np") as file:
-        recorded, provenance = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        recorded, provenance = (
+            {
+                key: file.get_tensor(key)
+                for key in file.keys()  # noqa: SIM118
+            },
+            file.metadata(),
+        )
     source = load_file(DATA / f"{provenance['source']}_source.safetensors")
     return SimpleNamespace(found=found, recorded=recorded, source=source, tensors=dict(Tensors(found)), name=name)
 
@@ -68,7 +74,9 @@ def differing(export, expected: dict[str, np.ndarray]) -> list[str]:
     return [name for name, value in expected.items() if not np.array_equal(export.tensors[name], value)]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("float32") and not {"half", "folded"} & {*name.split("_")}])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name.endswith("float32") and not {"half", "folded"} & {*name.split("_")}]
+)
 def test_float32_weights_are_the_sources_bit_for_bit(name):
     export = exported(name)
     assert differing(export, export.source) == []
@@ -86,7 +94,7 @@ def test_weights_traced_in_half_precision_are_the_sources_in_half_precision():
 
 
 def test_scores_that_the_exporter_transposed_are_followed_and_told():
-    """onnx2tf 1.29.24 put a transpose behind the scores of the last block, which is 32 by 32: its file computes k·qᵀ."""
+    """onnx2tf 1.29.24 put a transpose behind the 32 by 32 scores of the last block: the file computes k·qᵀ."""
     export = exported("gated_onnx2tf_half_float32")
     expected = in_half_precision(export.source)
     q, k = (f"{T5}encoder.block.2.layer.0.SelfAttention.{letter}.weight" for letter in "qk")
@@ -99,7 +107,9 @@ def test_folded_gains_are_in_the_weights_and_recorded_as_one():
     export = exported("relu_folded_float32")
     expected = dict(export.source)
     for layer in range(2):
-        for part, names in enumerate((("SelfAttention.q", "SelfAttention.k", "SelfAttention.v"), ("DenseReluDense.wi",))):
+        for part, names in enumerate(
+            (("SelfAttention.q", "SelfAttention.k", "SelfAttention.v"), ("DenseReluDense.wi",))
+        ):
             prefix = f"{T5}encoder.block.{layer}.layer.{part}."
             gain = expected[prefix + "layer_norm.weight"]
             expected[prefix + "layer_norm.weight"] = np.ones_like(gain)
