@@ -11,6 +11,7 @@ from mlx_audio_native import MlxAudioError
 # command → its module here, imported only when asked for, and what it does
 COMMANDS = {
     "export": ("export", "export reference conditioners to TFLite and record the interpreter's outputs"),
+    "train": ("train", "train the embedded demo model from nothing, on one large GPU"),
     "listen": ("listen", "generate held-out prompts and count how many sound like what was asked for"),
 }
 

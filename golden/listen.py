@@ -1,7 +1,6 @@
 """`python -m golden listen`: do the clips of a model sound like what was asked for? Counted in a table.
 
-The analysis does not see the prompt; only the comparison does. The checks need NumPy alone; only `held_out` needs
-torch, because golden.sounds does.
+The analysis does not see the prompt; only the comparison does.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def listen(audio: np.ndarray, clip: Any) -> dict[str, Heard]:
         heard[PITCH] = Heard(abs(off) <= 30, f"{off:+.0f} cents")
     if clip.kind == "arpeggio" and clip.seconds >= LONG_ENOUGH:
         root, scale = key(audio)
-        heard[KEY] = Heard((root, scale) == (round(clip.pitch) % 12, clip.scale), f"{scale} on pitch class {root}")
+        heard[KEY] = Heard((root, scale) == (clip.note % 12, clip.scale), f"{scale} on pitch class {root}")
     if clip.kind == "sweep":
         direction = sweep_direction(audio)
         heard[DIRECTION] = Heard(direction == ("rising" if clip.rising else "falling"), direction)
@@ -136,14 +135,14 @@ def held_out(count: int, seed: int) -> list[tuple[str, Any]]:
 
     rng = random.Random(seed)
     wanted = [{"kind": kind, "bpm": float(bpm)} for kind in TEMPO_KINDS for bpm in sounds.HELD_OUT_TEMPOS]
-    wanted += [{"kind": kind, "pitch": float(sounds.midi(n))} for kind in PITCH_KINDS for n in sounds.HELD_OUT_NOTES]
+    wanted += [{"kind": kind, "note": sounds.midi(n)} for kind in PITCH_KINDS for n in sounds.HELD_OUT_NOTES]
     wanted += [{"kind": "sweep", "rising": rising} for rising in (True, False) for _ in range(5)]
     rng.shuffle(wanted)
     prompts = []
     for index in range(count):
         fields = dict(wanted[index % len(wanted)])
         if fields["kind"] == "arpeggio":
-            fields |= {"pitch": float(rng.randint(48, 59)), "scale": rng.choice(("minor", "major"))}
+            fields |= {"note": rng.randint(48, 59), "scale": rng.choice(("minor", "major"))}
         clip = sounds.Clip(seconds=round(rng.uniform(1, 5.5), 2), **fields)
         letter_case = rng.choice((str, str.lower, str.upper, str.capitalize))
         prompts.append((letter_case(sounds.caption(clip, rng)), clip))

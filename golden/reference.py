@@ -12,9 +12,10 @@ import importlib
 import importlib.util
 import sys
 import types
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +28,9 @@ _NAMED_T5 = "t5-base"
 class _Absent(types.ModuleType):
     """A module that may be imported from, whose contents fail when they are used."""
 
-    __path__: list[str] = []
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -41,7 +44,7 @@ class _Absent(types.ModuleType):
 
 
 def import_reference() -> None:
-    """Import stable_audio_tools with nothing but torch, einops, transformers and k-diffusion's needs. Safe to call twice."""
+    """Import stable_audio_tools with nothing but torch, einops, transformers and what k-diffusion needs."""
     if "stable_audio_tools.models.diffusion" in sys.modules:
         return
     import transformers  # noqa: F401  first: it looks for torchvision, and must not find a stand-in
@@ -100,7 +103,7 @@ def _local_t5(t5_config: dict[str, Any], spiece: Path | None) -> Iterator[None]:
 
 
 def _strip_additions(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The config as the reference knows it, and our `t5_config` (the additions are listed in the model folder contract)."""
+    """The config as the reference knows it, without the model folder's additions, and its `t5_config`."""
     config = _copy(config)
     t5_config = None
     for entry in config["model"].get("conditioning", {}).get("configs", []):
@@ -137,7 +140,7 @@ def build(config: dict[str, Any], spiece: Path | None = None, seed: int = 0) -> 
 
 
 def randomise(module: nn.Module, seed: int = 0, scale: float = 0.05) -> nn.Module:
-    """Give every parameter that starts at a constant (zero branches, unit gains) a random value, so that it counts in parity."""
+    """Move every parameter that starts at a constant (zero branches, unit gains), so that it counts in parity."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

@@ -29,7 +29,7 @@ A_CLIP_EACH = [
     ("plucked string, G3", SimpleNamespace(kind="pluck", pitch=55, seconds=3.3)),
     (
         "pluck arpeggio, A minor, 113 BPM",
-        SimpleNamespace(kind="arpeggio", bpm=113, pitch=57, scale="minor", seconds=4.8),
+        SimpleNamespace(kind="arpeggio", bpm=113, note=57, scale="minor", seconds=4.8),
     ),
     ("white noise sweep, rising", SimpleNamespace(kind="sweep", rising=True, seconds=5.4)),
 ]
@@ -199,7 +199,7 @@ def test_what_was_not_asked_for_fails():
 def test_silence_passes_nothing():
     silence = np.zeros((262144, 2))
     for kind in (*listen.TEMPO_KINDS, *listen.PITCH_KINDS):
-        clip = SimpleNamespace(kind=kind, seconds=3.0, bpm=100.0, pitch=57.0, scale="minor")
+        clip = SimpleNamespace(kind=kind, seconds=3.0, bpm=100.0, pitch=57.0, note=57, scale="minor")
         assert not any(heard.passed for heard in listen.listen(silence, clip).values())
 
 
