@@ -70,7 +70,9 @@ class Evaluator:
         return [self._value(index, values) for index in outputs]
 
     def _fed(self, index: int, value: Any) -> Array:
-        value, shape = self.array(value), self._wiring.shape(index)
+        tensor = self.graph.tensors[index]
+        value, shape = self.array(value), tensor.shape
+        value = value != 0 if tensor.type == "BOOL" else value
         if value.size != prod(shape):
             raise ExtractionError(
                 f"tensor {index} has the shape {list(shape)}, where {value.size} values were expected"

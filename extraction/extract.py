@@ -30,7 +30,8 @@ def inspect(path: Path | str) -> Report:
     wiring = Wiring(read(path))
     try:
         wiring.refuse_unsupported()
-        return report(wiring, recover(wiring))
+        with np.errstate(all="ignore"):
+            return report(wiring, recover(wiring))
     except ExtractionError as error:
         return report(wiring, problem=str(error))
 
@@ -52,7 +53,9 @@ def extract(
     wiring = Wiring(read(path))
     try:
         wiring.refuse_unsupported()
-        found = recover(wiring)
+        # what a damaged graph makes of numbers is compared, not warned of
+        with np.errstate(all="ignore"):
+            found = recover(wiring)
         config, tensors = config_of(found), Tensors(found)
         if spiece is not None and len(Tokenizer(spiece)) > found.text.config["vocab_size"]:
             raise ExtractionError(f"{spiece} has more pieces than the text encoder has rows")

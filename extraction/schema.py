@@ -108,18 +108,15 @@ class Tensor:
             return np.stack([packed << 4, packed], -1).reshape(-1)[: prod(self.shape)].reshape(self.shape) >> 4
         return np.frombuffer(self.data, DTYPES[self.type]).reshape(self.shape)
 
-    def values(self, rows: np.ndarray | None = None) -> np.ndarray:
-        """A constant as numbers: float16 stays float16 (exact), quantised becomes float32. `rows` picks from axis 0."""
-        raw = self.raw() if rows is None else self.raw()[rows]
-        return raw if self.quantization is None else dequantise(raw, self.quantization, rows)
+    def values(self) -> np.ndarray:
+        """A constant as numbers: float16 stays float16, which is exact; what is quantised becomes float32."""
+        return self.raw() if self.quantization is None else dequantise(self.raw(), self.quantization)
 
 
-def dequantise(stored: np.ndarray, quantization: Quantization, rows: np.ndarray | None = None) -> np.ndarray:
+def dequantise(stored: np.ndarray, quantization: Quantization) -> np.ndarray:
     """float32 of scale · (stored - zero_point), in the order and precision of TFLite's DEQUANTIZE."""
     scale, zero = quantization.scale, quantization.zero_point
     if scale.size > 1:
-        if rows is not None and quantization.axis == 0:
-            scale, zero = scale[rows], zero[rows]
         shape = [1] * stored.ndim
         shape[quantization.axis] = -1
         scale, zero = scale.reshape(shape), zero.reshape(shape)

@@ -88,6 +88,7 @@ class _Recovery:
         self.bias: np.ndarray | None = None
         self.activations: set[str] = set()
         self.key_first: list[bool] = []
+        self.ones = 0
 
     def run(self) -> T5:
         self._check_ids()
@@ -243,8 +244,7 @@ class _Recovery:
         gains = list(found.values())
         if all(np.array_equal(gain, gains[0]) for gain in gains):
             self.t5.weights[name] = lambda: self.t5.stored(gains[0])
-            if (gains[0] == 1).all():
-                self.t5.notes.append(f"{name} is 1: the export has none, or folded it into the weights after it")
+            self.ones += int((gains[0] == 1).all())
             return dict.fromkeys(found)
         self.t5.weights[name] = lambda: np.ones(self.width, np.float32)
         self.t5.notes.append(f"{name} is folded into some of the weights after it: now into all of them")
@@ -289,6 +289,8 @@ class _Recovery:
             raise ExtractionError(f"the norms have the epsilons {sorted(self.epsilons)}; T5 has one, above 0")
         if len(self.activations) != 1:
             raise ExtractionError(f"the layers have different activations: {', '.join(sorted(self.activations))}")
+        if self.ones:
+            self.t5.notes.append(f"the gains of {self.ones} norms are 1: none, or folded into the weights after them")
         odd = [block for block, first in enumerate(self.key_first) if self.key_first.count(first) * 2 < layers]
         if odd:
             self.t5.warnings.append(

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from .export_folded import folded_route
 from .export_record import record
 from .export_routes import litert_route, onnx2tf_route
-from .export_sources import SOURCES, Conditioners
+from .export_sources import FULL, SOURCES, Conditioners
 
 DATA = Path(__file__).parent / "data"
 
@@ -54,6 +54,7 @@ RECIPES = [
     ),
     Recipe("relu", "onnx2tf", "int8", per_tensor=True),
     Recipe("relu", "litert", "int8-weights"),
+    Recipe("gated", "litert", "int4-weights"),
     Recipe("relu", "onnx2tf", half=True),
     # onnx2tf transposes the scores of one block here: equal axes, as in `square`
     Recipe("gated", "onnx2tf", half=True),
@@ -68,6 +69,9 @@ _NEEDS = {"onnx2tf": "onnx2tf", "folded": "tensorflow", "litert": "litert_torch"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=DATA, help="where files go (default: golden/data)")
     parser.add_argument("--only", metavar="TEXT", default="", help="only recipes with this in their name")
+    parser.add_argument(
+        "--full", type=Path, metavar="FILE", help="write a random T5-base's conditioners (440 MB) instead"
+    )
     parser.add_argument("--demo", type=Path, metavar="DIR", help="export this model folder's conditioners instead")
 
 
@@ -76,6 +80,11 @@ def run(args: argparse.Namespace) -> int:
         from .export_demo import export_demo
 
         return export_demo(args.demo, args.output)
+    if args.full:
+        with torch.no_grad():
+            module = Conditioners(FULL, FULL.build()).eval()
+            litert_route(module, module.sample(), args.full)
+        return 0
     args.output.mkdir(exist_ok=True)
     for recipe in RECIPES:
         if args.only in recipe.name and importlib.util.find_spec(_NEEDS[recipe.route]):

@@ -50,19 +50,21 @@ def onnx2tf_route(
         shutil.copyfile(Path(folder, f"conditioners_{suffix}.tflite"), output)
 
 
-def litert_route(
-    module: nn.Module, sample: tuple[torch.Tensor, ...], output: Path, precision: str = "float32", **options: Any
-) -> None:
+def litert_route(module: nn.Module, sample: tuple[torch.Tensor, ...], output: Path, precision: str = "float32") -> None:
     """Write `output` through litert-torch. precision: float32, float16, int8 (dynamic), int8-weights, int4-weights."""
     import litert_torch
-    from litert_torch.generative.quantize import quant_attrs, quant_recipes
+    from ai_edge_quantizer import quantizer, recipe
+    from litert_torch.generative.quantize import quant_recipes
 
     logging.getLogger().setLevel(logging.ERROR)
     recipes = {
-        "float32": lambda: None,
         "float16": quant_recipes.full_fp16_recipe,
         "int8": quant_recipes.full_dynamic_recipe,
         "int8-weights": quant_recipes.full_weight_only_recipe,
-        "int4-weights": lambda: quant_recipes.full_weight_only_recipe(weight_dtype=quant_attrs.Dtype.INT4),
     }
-    litert_torch.convert(module, sample, quant_config=recipes[precision](), **options).export(str(output))
+    config = recipes[precision]() if precision in recipes else None
+    litert_torch.convert(module, sample, quant_config=config).export(str(output))
+    if precision == "int4-weights":
+        # litert-torch has no recipe for it, its quantizer has
+        quantised = quantizer.Quantizer(str(output), recipe.weight_only_wi4_afp32()).quantize()
+        quantised.export_model(str(output), overwrite=True)

@@ -110,6 +110,15 @@ SOURCES = {
 }
 
 
+# the release's sizes
+FULL = Source(
+    _t5(vocab_size=32128, d_model=768, d_kv=64, num_heads=12, num_layers=12, d_ff=3072),
+    cond_dim=768,
+    encode_length=128,
+    max_length=64,
+)
+
+
 class Conditioners(nn.Module):
     """input_ids and attention_mask (1, encode_length) and numbers (1,) to tokens, their mask and the global vector.
 

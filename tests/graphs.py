@@ -35,7 +35,7 @@ class GraphBuilder:
         self.operators: list[dict[str, Any]] = []
 
     def tensor(self, shape=(1,), kind="FLOAT32", data: bytes | None = None, **more: Any) -> int:
-        """`more`: scale, zero_point and axis of a quantisation; variable; sparse; outside (bytes by offset and size)."""
+        """`more`: scale, zero_point and axis of a quantisation; variable; sparse; outside (by offset and size)."""
         self.tensors.append({"shape": shape, "kind": kind, "data": data, **more})
         return len(self.tensors) - 1
 

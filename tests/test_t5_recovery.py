@@ -121,13 +121,13 @@ def test_folded_gains_are_in_the_weights_and_recorded_as_one():
     assert export.found.numbers["seconds_total"].angle_constants == ()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "float16" in name or "int8" in name])
+@pytest.mark.parametrize("name", [name for name in NAMES if "float16" in name or "int" in name])
 def test_other_weights_are_the_files_own_dequantised(name):
     """Every row of a recovered matrix is, exactly, a row of some constant of the file by its own scales."""
     export = exported(name)
     rows = set()
     for tensor in export.found.wiring.graph.tensors:
-        if tensor.data is not None and len(tensor.shape) >= 2 and tensor.type in ("FLOAT32", "FLOAT16", "INT8"):
+        if tensor.data is not None and len(tensor.shape) >= 2 and tensor.type in ("FLOAT32", "FLOAT16", "INT8", "INT4"):
             rows |= {row.tobytes() for row in by_hand(tensor)}
     for key, value in export.tensors.items():
         if value.ndim == 2 and not (key == BIAS and export.found.text.unreachable):
@@ -136,7 +136,10 @@ def test_other_weights_are_the_files_own_dequantised(name):
 
 
 def by_hand(tensor: Tensor) -> np.ndarray:
-    stored = np.frombuffer(tensor.data, {"FLOAT32": "f4", "FLOAT16": "f2", "INT8": "i1"}[tensor.type])
+    stored = np.frombuffer(tensor.data, {"FLOAT32": "f4", "FLOAT16": "f2", "INT8": "i1", "INT4": "u1"}[tensor.type])
+    if tensor.type == "INT4":
+        nibbles = [int(nibble) - 16 * (nibble > 7) for byte in stored for nibble in (byte & 15, byte >> 4)]
+        stored = np.array(nibbles[: tensor.shape[0] * tensor.shape[1]])
     values = stored.reshape(tensor.shape[0], -1).astype(np.float32)
     if tensor.quantization is not None:
         assert tensor.quantization.axis == 0 and not tensor.quantization.zero_point.any()
