@@ -25,8 +25,6 @@ _WORK = 2 * 10**8
 _WORK_PER_BYTE = 40
 # operators that change no value and may see float16 as it is stored
 _EXACT = ("DEQUANTIZE", "RESHAPE", "SQUEEZE", "EXPAND_DIMS", "TRANSPOSE", "CAST")
-
-
 # what NumPy, MLX and Python raise for operands that do not fit
 _MISFITS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
@@ -115,15 +113,7 @@ class Evaluator:
         try:
             with np.errstate(all="ignore"):
                 results = handler(self, operator, *operands)
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            MemoryError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except _MISFITS as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ExtractionError(f"{operator} cannot work on its operands: {reason}") from error
         results = results if isinstance(results, (list, tuple)) else [results]

@@ -101,8 +101,14 @@ class Probe:
         best = int(np.argmax(np.abs(gain)))
         if not np.isfinite(gain).all() or gain[best] == 0:
             raise ExtractionError(f"{where} is no norm of the residual stream")
-        small = read({residual[0]: np.full(1, 1e-3)})
-        epsilon = 1e-6 * ((gain[best] / small[0, best]) ** 2 - 1) if small[0, best] else -1.0
+        epsilon, size = 0.0, 1e-3
+        for _ in range(2):
+            # most precise where the stream is as small as epsilon lets it count
+            small = read({residual[0]: np.full(1, size)})[0, best]
+            epsilon = size**2 * ((gain[best] / small) ** 2 - 1) if small else -1.0
+            if not 0 < epsilon < 1:
+                raise ExtractionError(f"{where} has no epsilon between 0 and 1")
+            size = float(np.sqrt(epsilon))
         rng = np.random.default_rng(0)
         feeds = {stage: rng.standard_normal((self.length, width)) for stage in residual}
         found = read(feeds)

@@ -38,6 +38,8 @@ class Chain:
     def then(self, step: str, constant: Any = 0.0) -> Chain:
         if isinstance(constant, Chain):
             raise _Inexpressible("two computed values meet in one operation")
+        if not isfinite(constant):
+            raise _Inexpressible(f"{step} {constant}")
         return Chain((*self.steps, (step, float(constant))))
 
     def __add__(self, other: Any) -> Chain:
@@ -53,6 +55,8 @@ class Chain:
         return self.then("mul", other)
 
     def __truediv__(self, other: Any) -> Chain:
+        if not isinstance(other, Chain) and other == 0:
+            raise _Inexpressible("a division by 0")
         return self.then("div", other)
 
     def __rtruediv__(self, other: Any) -> Chain:
@@ -102,6 +106,8 @@ class _Chains(Evaluator):
 
 def _each(step: str, a: Array, b: Array) -> Array:
     def apply(left: Any, right: Any) -> Any:
+        if not isinstance(left, Chain) and not isinstance(right, Chain):
+            raise _Inexpressible("constants among the features")
         if step == "div":
             return left / right
         return left.then(step, right) if isinstance(left, Chain) else right.then(step, left)
@@ -173,8 +179,8 @@ def _interpret(features: np.ndarray, evaluator: Evaluator, linear: Linear, input
     if weight.shape[1] != len(features) or not all(isinstance(item, Chain) and item.steps for item in features):
         raise _Inexpressible(f"{len(features)} features meet a weight of shape {list(weight.shape)}")
     kinds = [item.steps[-1][0] if item.steps[-1][0] in ("sin", "cos") else "x" for item in features]
-    places = {name: [i for i, other in enumerate(kinds) if other == name] for name in dict.fromkeys(kinds)}
-    angles = {name: [features[i].steps[:-1] for i in where] for name, where in places.items() if name != "x"}
+    places = {feature: [i for i, other in enumerate(kinds) if other == feature] for feature in dict.fromkeys(kinds)}
+    angles = {feature: [features[i].steps[:-1] for i in places[feature]] for feature in places if feature != "x"}
     if len(places.get("x", ())) > 1 or not angles:
         raise _Inexpressible("the features are not x, sines and cosines")
     number = features[places["x"][0]].steps if "x" in places else _shared_number(next(iter(angles.values())))
@@ -182,17 +188,16 @@ def _interpret(features: np.ndarray, evaluator: Evaluator, linear: Linear, input
     low, high, scale = _number(number, notes)
     frequencies: dict[str, tuple[float, ...]] = {}
     factors: dict[str, tuple[float, ...]] = {}
-    for name, chains in angles.items():
-        frequencies[name], factors[name] = _angle(chains, number, notes)
+    for feature, chains in angles.items():
+        frequencies[feature], factors[feature] = _angle(chains, number, notes)
     reference = next(iter(frequencies))
-    for name, found in frequencies.items():
-        if sorted(found) != sorted(frequencies[reference]) or factors[name] != factors[reference]:
+    for feature, found in frequencies.items():
+        if sorted(found) != sorted(frequencies[reference]) or factors[feature] != factors[reference]:
             raise _Inexpressible("sines and cosines have different angles")
-        # columns follow the first name's frequencies, whatever order the graph has them in
-        order = sorted(range(len(found)), key=lambda i, found=found: (found[i], i))
-        wanted = sorted(range(len(found)), key=lambda i: (frequencies[reference][i], i))
-        places[name] = [places[name][order[wanted.index(i)]] for i in range(len(found))]
-    columns = [i for name in places for i in places[name]]
+        # the columns of both follow the frequencies of the one that comes first
+        ranks = np.argsort(np.argsort(frequencies[reference], kind="stable"))
+        places[feature] = [places[feature][i] for i in np.argsort(found, kind="stable")[ranks]]
+    columns = [i for feature in places for i in places[feature]]
     if columns != list(range(len(features))):
         notes.append("features are interleaved in the graph; their columns were sorted into blocks")
         weight = weight[:, columns]
@@ -227,6 +232,8 @@ def _number(steps: Sequence[tuple[str, float]], notes: list[str]) -> tuple[float
         elif step in ("mul", "div") and constant > 0:
             divisor = constant if step == "div" and scale == 1 else None
             scale *= constant if step == "mul" else 1 / constant
+            if not 0 < scale < inf:
+                raise _Inexpressible("a scale beyond all numbers")
         else:
             raise _Inexpressible(f"{step} {constant:g} on the way to x")
     if not (isfinite(low) and isfinite(high) and low < high):

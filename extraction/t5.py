@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mlx_audio_native.t5 import relative_buckets
-
+from . import relative_bias
 from .errors import ExtractionError
 from .evaluate import Evaluator
 from .graph import Linear, Wiring
@@ -23,10 +22,6 @@ from .schema import Operator
 # what the runtime's config takes
 _MOST_TOKENS = 2**14
 Weight = Callable[[], np.ndarray]
-
-# buckets and distances of a folded bias cannot be read, only tried; the published T5s all have the first pair
-_DISTANCES = (128, 64, 256, 32, 512, 16, 1024, 20, 24, 40, 48, 80, 96, 100, 160, 192, 200, 384, 400, 768, 1000, 2048)
-_BUCKETS = (32, 16, 64, 8, 128)
 
 
 @dataclass
@@ -94,18 +89,15 @@ class _Recovery:
         self._check_ids()
         self.t5.weights["shared.weight"] = lambda: self.evaluator.constant(self.embedding.table)
         unused, layers = list(self.linears), 0
-        while True:
-            outputs = frozenset(stage.tensor for stage in self.t5.residual)
-            group = [linear for linear in unused if self.near[linear.input] == outputs]
-            softmax = self._softmax_after(group)
-            if softmax is not None:
-                last = self._attention(group, softmax, f"encoder.block.{layers}.layer.0.")
-                group.append(self._feed_forward([x for x in unused if x not in [*group, last]], layers))
-                group += [last, *self._before(group[-1])]
-                unused = [linear for linear in unused if linear not in group]
-                layers += 1
-                continue
-            break
+        group = self._reading_residual(unused)
+        while (softmax := self._softmax_after(group)) is not None:
+            out = self._attention(group, softmax, f"encoder.block.{layers}.layer.0.")
+            unused = [linear for linear in unused if linear not in (*group, out)]
+            group = self._reading_residual(unused)
+            out = self._feed_forward(group, unused, layers)
+            unused = [linear for linear in unused if linear not in (*group, out)]
+            group = self._reading_residual(unused)
+            layers += 1
         if not layers:
             raise ExtractionError("no attention follows the token lookup: this is no T5 encoder")
         if len(group) > 1 or len(unused) > len(group):
@@ -135,6 +127,11 @@ class _Recovery:
             found = self.evaluator.run({self.ids: ids}, [self.embedding.indices])[0]
             if found.size > size or not np.array_equal(found.reshape(-1), ids[: found.size]):
                 raise ExtractionError(f"{self.embedding.operator} does not look up the token ids themselves")
+
+    def _reading_residual(self, linears: Sequence[Linear]) -> list[Linear]:
+        """Those whose input is made of the whole residual stream so far, and of nothing else."""
+        stream = {stage.tensor for stage in self.t5.residual}
+        return [linear for linear in linears if self.near[linear.input] == stream]
 
     def _softmax_after(self, group: Sequence[Linear]) -> Operator | None:
         outputs = {linear.output for linear in group}
@@ -196,10 +193,8 @@ class _Recovery:
         if len(real) < self.length or (found[..., real] != bias[..., real]).any() or found[..., ~real].max() > -1e4:
             raise ExtractionError(f"{where}: the mask does not hide padding, or does more than that")
 
-    def _feed_forward(self, linears: Sequence[Linear], layer: int) -> Linear:
+    def _feed_forward(self, group: Sequence[Linear], linears: Sequence[Linear], layer: int) -> Linear:
         name = f"encoder.block.{layer}.layer.1."
-        outputs = frozenset(stage.tensor for stage in self.t5.residual)
-        group = [linear for linear in linears if self.near[linear.input] == outputs]
         made = {linear.output for linear in group}
         after = [linear for linear in linears if self.near[linear.input] and self.near[linear.input] <= made]
         if len(after) != 1:
@@ -226,9 +221,6 @@ class _Recovery:
         self.t5.config.update(d_ff=width, feed_forward_proj=kind)
         self._unused(group, used)
         return out
-
-    def _before(self, out: Linear) -> list[Linear]:
-        return [linear for linear in self.linears if linear.output in self.near[out.input]]
 
     def _unused(self, group: Sequence[Linear], used: Sequence[Linear]) -> None:
         for linear in group:
@@ -298,7 +290,9 @@ class _Recovery:
                 "exporter may have transposed the scores; the recovered weights follow the graph"
             )
         self.t5.half_gelu = "half-precision" in next(iter(self.activations))
-        table, buckets, distance = self._relative_bias()
+        lookups = self.wiring.lookups(dynamic=False)
+        tables = [self.evaluator.constant(lookup.table) for lookup in lookups]
+        table, distance, self.t5.unreachable = relative_bias.recover(self.bias, tables)
         self.t5.weights["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = lambda: (
             self.t5.stored(table)
         )
@@ -306,37 +300,10 @@ class _Recovery:
             vocab_size=self.vocabulary,
             d_model=self.width,
             num_layers=layers,
-            relative_attention_num_buckets=buckets,
+            relative_attention_num_buckets=len(table),
             relative_attention_max_distance=distance,
             layer_norm_epsilon=self.epsilons.pop(),
         )
-
-    def _relative_bias(self) -> tuple[np.ndarray, int, int]:
-        """The table (buckets, heads), from the graph's own table where it has one, else from the folded constant."""
-        bias = self.bias
-        heads = len(bias)
-        for lookup in self.wiring.lookups(dynamic=False):
-            table = self.evaluator.constant(lookup.table)
-            for distance in _DISTANCES if table.shape[1] == heads and len(table) >= 4 else ():
-                if len(table) < 4 * distance and _same(table, self.length, distance, bias):
-                    return table, len(table), distance
-        found = []
-        for buckets, distance in ((b, d) for b in _BUCKETS for d in _DISTANCES if b < 4 * d):
-            reached, first = np.unique(relative_buckets(self.length, buckets, distance), return_index=True)
-            table = np.zeros((buckets, heads), np.float32)
-            table[reached] = bias.reshape(heads, -1)[:, first].T
-            if _same(table, self.length, distance, bias):
-                found.append((len(reached), table, distance, reached))
-        if not found:
-            raise ExtractionError("the scores' bias is no table of relative positions in logarithmic buckets")
-        # finer buckets than the true ones fit too
-        _, table, distance, reached = min(found, key=lambda item: item[0])
-        self.t5.unreachable = tuple(bucket for bucket in range(len(table)) if bucket not in set(reached.tolist()))
-        return table, len(table), distance
-
-
-def _same(table: np.ndarray, length: int, distance: int, bias: np.ndarray) -> bool:
-    return np.array_equal(table[relative_buckets(length, len(table), distance)].transpose(2, 0, 1), bias)
 
 
 def _rows(weight: np.ndarray, rows: np.ndarray) -> np.ndarray:
