@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import Array, kind
 from .errors import ExtractionError
 from .graph import Linear, Wiring
-from .operators import HANDLERS, Array, kind
+from .operators import HANDLERS
 from .schema import Operator
 
 # a hostile graph may ask for any amount of work: these bounds leave a T5 of any size a wide margin

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import Array, kind
 from .errors import ExtractionError
 from .evaluate import Evaluator
 from .graph import Linear, Wiring
-from .operators import Array, kind
 from .schema import Operator
 
 _MOST_FEATURES = 2**14
