@@ -142,10 +142,11 @@ def _notes(found: Conditioners) -> list[str]:
 def _warnings(wiring: Wiring, found: Conditioners | None) -> list[str]:
     """Inputs that nothing consumes, and outputs that do not depend on an input they should."""
     graph = wiring.graph
+    reached = {index for output in graph.outputs for index in (output, *wiring.reached_by(output))}
     warnings = [
-        f"{label(wiring, index)} feeds no operator"
+        f"{label(wiring, index)} {'reaches no output' if index in wiring.consumed else 'feeds no operator'}"
         for index in graph.inputs
-        if index not in wiring.consumed and index not in graph.outputs
+        if index not in reached
     ]
     if found:
         return warnings + found.warnings
