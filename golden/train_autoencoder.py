@@ -174,7 +174,7 @@ def train(
     frames: int,
     start: dict[str, torch.Tensor] | None = None,
 ) -> nn.Module:
-    """An autoencoder trained for `seconds` of wall time, start-up not counted; on from a state dict, if one is given."""
+    """An autoencoder trained for `seconds` of wall time, start-up not counted; on from a state dict, if given."""
     reference.import_reference()
     if device.type == "cuda":
         fuse_snake()
