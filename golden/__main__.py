@@ -12,6 +12,8 @@ from mlx_audio_native import MlxAudioError
 COMMANDS = {
     "export": ("export", "export reference conditioners to TFLite and record the interpreter's outputs"),
     "train": ("train", "train the embedded demo model from nothing, on one large GPU"),
+    "record": ("record", "record the reference's tensors for the stored models, or for a model folder"),
+    "compare": ("compare", "hold a model folder against recorded tensors; the embedded model's without arguments"),
     "listen": ("listen", "generate held-out prompts and count how many sound like what was asked for"),
 }
 

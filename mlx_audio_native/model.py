@@ -22,7 +22,7 @@ from .config import PARTS
 from .dit import Prepared
 from .errors import InputError, MlxAudioError
 from .request import Clip, Request, check_request
-from .sampling import State, clip_noise, guided, sample
+from .sampling import State, Velocity, clip_noise, guided, sample
 from .weights import load_parts
 
 DEMO = Path(__file__).parent / "demo"
@@ -77,9 +77,9 @@ class Model:
             sampler=sampler,
         )
         with _stage("text and seconds"):
-            prepared = self._prepare(request)
+            velocity = self.velocity(request)
         with _stage("sampling"):
-            for state in tqdm(self._denoise(request, prepared), total=request.steps, disable=None, leave=False):
+            for state in tqdm(self._denoise(request, velocity), total=request.steps, disable=None, leave=False):
                 mx.eval(state.latents)
         _require_finite(state.latents, "latents")
         with _stage("decoding"):
@@ -97,7 +97,16 @@ class Model:
         They are not evaluated; that is the caller's, with `mx.eval(state.latents)`.
         """
         request = self._check(prompt=prompt, **options)
-        return self._denoise(request, self._prepare(request))
+        return self._denoise(request, self.velocity(request))
+
+    def velocity(self, request: Request) -> Velocity:
+        """What a sampler integrates: the DiT, with the conditioning of all clips and their guidance built in."""
+        prepared = self._prepare(request)
+
+        def velocity(latents: mx.array, t: float) -> mx.array:
+            return self.dit.velocity(latents, mx.full((latents.shape[0],), t), prepared)
+
+        return velocity if request.cfg_scale == 1 else guided(velocity, request.cfg_scale)
 
     def _check(self, **arguments: Any) -> Request:
         """The request, if this model can honour it. Raises InputError; warns of what the model will not hear."""
@@ -131,12 +140,7 @@ class Model:
         encoded = self.conditioner.encode(*self.tokenizer.encode(prompts), **numbers)
         return encoded.cross_attention * encoded.mask[..., None], encoded.global_cond
 
-    def _denoise(self, request: Request, prepared: Prepared) -> Iterator[State]:
-        def velocity(latents: mx.array, t: float) -> mx.array:
-            return self.dit.velocity(latents, mx.full((latents.shape[0],), t), prepared)
-
-        if request.cfg_scale != 1:
-            velocity = guided(velocity, request.cfg_scale)
+    def _denoise(self, request: Request, velocity: Velocity) -> Iterator[State]:
         shape = self.config.latent_length, self.config.latent_channels
         noise = clip_noise([clip.seed for clip in request.clips], shape)
         return sample(velocity, next(noise), noise, request.sampler, request.steps)

@@ -1,0 +1,191 @@
+"""Holds a model folder against a golden file, stage by stage, in float32; needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_audio_native.errors import MlxAudioError
+
+from .recording import BOUNDS, CLIP, HEADER, PARITY, GoldenError, Recording, Row, hold, sha256
+
+TF32 = "MLX_ENABLE_TF32"
+
+
+def compare(model: Any, golden: Recording) -> Iterator[Row]:
+    """A row for each tensor, in the order of the pipeline. Every stage but the clip is fed what was recorded.
+
+    Raises GoldenError if the golden file is of a model of other sizes.
+    """
+    _require_same_sizes(model, golden)
+    for stage in BOUNDS:
+        problem, found = "", {}
+        try:
+            found = {name: np.asarray(array) for name, array in _STAGES[stage](model, golden)}
+        except MlxAudioError as error:
+            problem = str(error)
+        yield from hold(found, golden.expected(stage), problem)
+
+
+def _require_same_sizes(model: Any, golden: Recording) -> None:
+    config = model.config
+    sizes = {
+        "latent channels": (config.latent_channels, golden.input("noise").shape[-1]),
+        "conditioning width": (config.conditioning.cond_dim, golden["text.cross_attention"].shape[-1]),
+        "global width": (config.dit.global_cond_dim, golden["seconds.global_cond"].shape[-1]),
+        "audio channels": (config.audio_channels, golden["decoder.audio"].shape[-1]),
+        "latent frames in the window": (config.latent_length, golden.input("window").shape[1]),
+        "numbers": (sorted(number.id for number in config.numbers), sorted(golden.request.numbers)),
+    }
+    for name, (found, expected) in sizes.items():
+        if found != expected:
+            raise GoldenError(f"the golden file is of another model: {name} {expected}, here {found}")
+
+
+def _tokens(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
+    if model.tokenizer is None:
+        raise GoldenError("no spiece.model")
+    ids, mask = model.tokenizer.encode(golden.request.prompts)
+    yield "tokens.ids", ids
+    yield "tokens.mask", mask
+
+
+def _encode(model: Any, golden: Recording) -> Any:
+    return model.conditioner.encode(golden["tokens.ids"], golden["tokens.mask"], **golden.request.numbers)
+
+
+def _text(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
+    import mlx.core as mx
+
+    mask = mx.array(golden["tokens.mask"])
+    yield "text.states", model.conditioner.t5(mx.array(golden["tokens.ids"]), mask) * mask[..., None]
+    encoded = _encode(model, golden)
+    yield "text.cross_attention", encoded.cross_attention
+    yield "text.mask", encoded.mask
+
+
+def _seconds(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
+    yield "seconds.global_cond", _encode(model, golden).global_cond
+
+
+def _velocity(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
+    import mlx.core as mx
+
+    tokens, global_cond = mx.array(golden["text.cross_attention"]), mx.array(golden["seconds.global_cond"])
+    first, times = mx.array(golden.input("noise")[0]), golden.request.times
+    clips = len(first)
+    for t in times:
+        at = mx.full((clips,), t)
+        yield f"velocity.t={t:g}", model.dit(first, at, tokens[:clips], global_cond[:clips])
+    whole = mx.array(golden.input("window"))
+    yield "velocity.window", model.dit(whole, mx.full((1,), times[-2]), tokens[:1], global_cond[:1])
+
+
+def _sampling(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
+    for run in golden.request.runs:
+        for step, latents in enumerate(_sample(model, golden, run), start=1):
+            yield f"sampling.{run.name}.{step}", latents
+
+
+def _sample(model: Any, golden: Recording, run: Any) -> Iterator[Any]:
+    """Latents after each step, from the prompts on, with the recorded noise."""
+    import mlx.core as mx
+
+    from mlx_audio_native.request import check_request
+    from mlx_audio_native.sampling import sample
+
+    clips = golden.request.seconds
+    negative = golden.request.negative_prompt if run.negative else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that guidance adds artefacts is not the question
+        request = check_request(
+            model.config,
+            golden.request.prompts[: len(clips)],
+            seconds=clips,
+            seed=0,
+            steps=run.steps,
+            sampler=run.sampler,
+            cfg_scale=run.cfg_scale,
+            negative_prompt=negative,
+        )
+    noise = iter(mx.array(golden.input("noise")))
+    velocity = model.velocity(request)
+    for state in sample(velocity, next(noise), noise, request.sampler, request.steps):
+        mx.eval(state.latents)
+        yield state.latents
+
+
+def _decoder(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
+    import mlx.core as mx
+
+    yield "decoder.audio", model.autoencoder.decode(mx.array(golden.input("latents")))
+
+
+def _encoder(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
+    import mlx.core as mx
+
+    yield "encoder.latents", model.autoencoder.encode(mx.array(golden["decoder.audio"]))
+
+
+def _clip(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
+    *_, latents = _sample(model, golden, golden.request.runs[0])
+    yield CLIP, model.autoencoder.decode(latents)
+
+
+_STAGES = {
+    "tokens": _tokens,
+    "text": _text,
+    "seconds": _seconds,
+    "velocity": _velocity,
+    "sampling": _sampling,
+    "decoder": _decoder,
+    "encoder": _encoder,
+    "clip": _clip,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, nargs="?", metavar="MODEL_FOLDER", help="default: the embedded model")
+    parser.add_argument("golden", type=Path, nargs="?", metavar="GOLDEN", help="default: the embedded model's")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 if every row is OK, else 1."""
+    if (args.folder is None) != (args.golden is None):
+        raise GoldenError("give both a model folder and a golden file, or neither")
+    golden = Recording.read(args.golden or PARITY / "demo.safetensors")
+    os.environ.setdefault(TF32, "0")  # the bounds are for full float32; read when MLX first multiplies
+    from mlx_audio_native import load
+
+    model = load(args.folder, dtype="float32")
+    for line in describe(model, golden):
+        print(line)
+    print(f"\n{HEADER}")
+    failed: dict[str, int] = {}
+    for row in compare(model, golden):
+        print(row, flush=True)
+        if not row.ok:
+            failed[row.stage] = failed.get(row.stage, 0) + 1
+    if failed:
+        print(f"\nNOT OK: {', '.join(f'{stage} ({count})' for stage, count in failed.items())}")
+        return 1
+    print("\nOK")
+    return 0
+
+
+def describe(model: Any, golden: Recording) -> Iterator[str]:
+    """What is compared with what, and where."""
+    import mlx.core as mx
+
+    for key, value in sorted(golden.provenance.items()):
+        yield f"golden {key}: {value}"
+    same = sha256(model.folder / "model.safetensors") == golden.provenance.get("sha256")
+    yield f"model: {model.folder}, {'the file recorded from' if same else 'not the file recorded from'}"
+    device, tf32 = mx.device_info().get("device_name", mx.default_device()), os.environ.get(TF32, "1") != "0"
+    yield f"MLX {mx.__version__}, {device}, TF32 {'on' if tf32 else 'off'}"
