@@ -10,15 +10,13 @@ LATENTS = 64
 CONDITION = 128
 
 
-def demo_config(
-    channels: int = 16,
-    c_mults: tuple[int, ...] = (4, 8, 12),
-    strides: tuple[int, ...] = (8, 8, 32),
-    latents: int = LATENTS,
-    vocabulary: int = 160,
-) -> dict[str, Any]:
-    """Sizes are chosen so that a clip takes seconds on two CPU cores: the decoder's full-rate level is kept narrow."""
-    oobleck = {"channels": channels, "c_mults": list(c_mults), "strides": list(strides), "use_snake": True}
+def demo_config(vocabulary: int) -> dict[str, Any]:
+    """For a tokenizer of so many pieces.
+
+    Sizes are chosen for 24 MB in all, and for seconds on two CPU cores, where the decoder's full-rate level decides: it
+    is narrow, and the first stride wide.
+    """
+    oobleck = {"channels": 16, "c_mults": [4, 8, 12], "strides": [8, 8, 32], "use_snake": True}
     return {
         "model_type": "diffusion_cond",
         "sample_size": sounds.WINDOW,
@@ -29,13 +27,13 @@ def demo_config(
                 "type": "autoencoder",
                 "iterate_batch": True,
                 "config": {
-                    "encoder": {"type": "oobleck", "config": {"in_channels": 2, "latent_dim": 2 * latents, **oobleck}},
+                    "encoder": {"type": "oobleck", "config": {"in_channels": 2, "latent_dim": 2 * LATENTS, **oobleck}},
                     "decoder": {
                         "type": "oobleck",
-                        "config": {"out_channels": 2, "latent_dim": latents, **oobleck, "final_tanh": False},
+                        "config": {"out_channels": 2, "latent_dim": LATENTS, **oobleck, "final_tanh": False},
                     },
                     "bottleneck": {"type": "vae"},
-                    "latent_dim": latents,
+                    "latent_dim": LATENTS,
                     "downsampling_ratio": sounds.HOP,
                     "io_channels": 2,
                 },
@@ -54,8 +52,8 @@ def demo_config(
                                 "d_model": CONDITION,
                                 "d_kv": 32,
                                 "num_heads": 4,
-                                "num_layers": 4,
-                                "d_ff": 384,
+                                "num_layers": 3,
+                                "d_ff": 256,
                                 "feed_forward_proj": "relu",
                                 "dropout_rate": 0.0,
                             },
@@ -71,7 +69,7 @@ def demo_config(
                 "diffusion_objective": "rf_denoiser",
                 "type": "dit",
                 "config": {
-                    "io_channels": latents,
+                    "io_channels": LATENTS,
                     "embed_dim": 256,
                     "depth": 6,
                     "num_heads": 4,
@@ -79,8 +77,9 @@ def demo_config(
                     "global_cond_dim": CONDITION,
                     "transformer_type": "continuous_transformer",
                     "attn_kwargs": {"qk_norm": "ln"},
+                    "ff_kwargs": {"mult": 2},
                 },
             },
-            "io_channels": latents,
+            "io_channels": LATENTS,
         },
     }

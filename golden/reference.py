@@ -149,6 +149,17 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 0.05) -> nn.Modul
     return module
 
 
+def load_autoencoder(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill an AudioAutoencoder from its state dict, or from one in which weight norm is fused (then g = ‖w‖, v = w)."""
+    complete = dict(tensors)
+    for name in model.state_dict():
+        if name.endswith("weight_g") and name not in tensors:
+            weight = complete.pop(name.removesuffix("_g"))
+            complete[name.removesuffix("_g") + "_v"] = weight
+            complete[name] = weight.flatten(1).norm(dim=1)[:, None, None]
+    model.load_state_dict(complete)
+
+
 def conditioning(model: nn.Module, prompts: list[str], seconds: list[float]) -> dict[str, torch.Tensor]:
     """`cross_attn_cond` (B, N, D), `cross_attn_mask` (B, N), `global_cond` (B, G) for prompts and seconds_total."""
     device = next(model.parameters()).device

@@ -1,6 +1,6 @@
 """Trains the embedded demo model from nothing: tokenizer, autoencoder, then text, seconds and DiT. Needs one large GPU.
 
-`python -m golden train --output DIR` takes about 35 minutes and writes the model folder: the conditioner in float32,
+`python -m golden train --output DIR` takes about half an hour and writes the model folder: the conditioner in float32,
 the rest in float16, weight norm fused. Each stage leaves its checkpoint in DIR.stages and is not done again.
 """
 
@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from golden.demo_config import demo_config
+from mlx_audio_native.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the model folder to write")
-    parser.add_argument("--autoencoder-minutes", type=float, default=19.0)
+    parser.add_argument("--autoencoder-minutes", type=float, default=16.0)
     parser.add_argument("--diffusion-minutes", type=float, default=10.0)
-    parser.add_argument(
-        "--from-autoencoder", type=Path, metavar="FILE", help="weights to go on from, as a stage left them"
-    )
+    parser.add_argument("--start", type=Path, metavar="DIR", help="a model folder whose autoencoder to go on from")
     parser.add_argument("--clips", type=int, default=40_960, help="rendered for the DiT")
     parser.add_argument("--device", default="cuda")
 
@@ -32,25 +31,34 @@ def run(args: argparse.Namespace) -> int:
     from golden import train_autoencoder, train_diffusion, train_tokenizer
 
     if args.output.exists():
-        raise SystemExit(f"{args.output} exists already")
+        raise InputError(f"{args.output} exists already")
     device = torch.device(args.device)
     stages = args.output.with_name(args.output.name + ".stages")
     stages.mkdir(parents=True, exist_ok=True)
     spiece, autoencoder = stages / "spiece.model", stages / "autoencoder.safetensors"
     if not spiece.exists():
         spiece.write_bytes(train_tokenizer.train())
-    config = demo_config(vocabulary=train_tokenizer.pieces(spiece))
+    config = demo_config(train_tokenizer.pieces(spiece))
     if not autoencoder.exists():
+        start = _autoencoder_of(args.start) if args.start else None
         seconds = 60 * args.autoencoder_minutes
-        start = load_file(args.from_autoencoder) if args.from_autoencoder else None
         trained = train_autoencoder.train(config, seconds, device, clips=6144, batch=16, frames=32, start=start)
-        print(json.dumps(train_autoencoder.quality(trained, device)))
+        print(json.dumps(train_autoencoder.quality(trained, device)), flush=True)
         save_file({name: tensor.contiguous() for name, tensor in trained.state_dict().items()}, autoencoder)
     model = train_diffusion.train(
         config, load_file(autoencoder), spiece, 60 * args.diffusion_minutes, device, clips=args.clips
     )
     write(args.output, config, model, spiece)
     return 0
+
+
+def _autoencoder_of(folder: Path) -> dict[str, Any]:
+    """The autoencoder's tensors of a model folder, float32, under the reference's names within it."""
+    from safetensors.torch import load_file
+
+    prefix = "pretransform.model."
+    tensors = load_file(folder / "model.safetensors")
+    return {name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def write(folder: Path, config: dict[str, Any], model: Any, spiece: Path) -> None:

@@ -82,7 +82,7 @@ class Trainer:
         self.device, self.batch, self.frames = device, batch, frames
         self.model = autoencoder(config).to(device)
         if start is not None:
-            self.model.load_state_dict(start)
+            reference.load_autoencoder(self.model, start)
         # the KL term waits until the waveform stands
         self.kl_from = 0.25 if start is None else -0.25
         self.audio, self.ends = pool(clips, seed, device)

@@ -238,7 +238,7 @@ def train(
     begun = time.monotonic()
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
     model = reference.build(config).to(device)
-    model.pretransform.model.load_state_dict(autoencoder)
+    reference.load_autoencoder(model.pretransform.model, autoencoder)
     with torch.no_grad():
         model.conditioner.conditioners["seconds_total"].embedder.embedding[0].weights.mul_(FREQUENCY_SPREAD)
     model.eval()
