@@ -19,7 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the model folder to write")
     parser.add_argument("--autoencoder-minutes", type=float, default=16.0)
     parser.add_argument("--diffusion-minutes", type=float, default=10.0)
-    parser.add_argument("--start", type=Path, metavar="DIR", help="a model folder whose autoencoder to go on from")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="DIR",
+        help="a model folder whose autoencoder to go on from, or with 0 minutes to keep",
+    )
     parser.add_argument("--clips", type=int, default=40_960, help="rendered for the DiT")
     parser.add_argument("--device", default="cuda")
 
@@ -40,11 +45,13 @@ def run(args: argparse.Namespace) -> int:
         spiece.write_bytes(train_tokenizer.train())
     config = demo_config(train_tokenizer.pieces(spiece))
     if not autoencoder.exists():
-        start = _autoencoder_of(args.start) if args.start else None
-        seconds = 60 * args.autoencoder_minutes
-        trained = train_autoencoder.train(config, seconds, device, clips=6144, batch=16, frames=32, start=start)
-        print(json.dumps(train_autoencoder.quality(trained, device)), flush=True)
-        save_file({name: tensor.contiguous() for name, tensor in trained.state_dict().items()}, autoencoder)
+        tensors = _autoencoder_of(args.start) if args.start else None
+        if tensors is None or args.autoencoder_minutes > 0:
+            seconds = 60 * args.autoencoder_minutes
+            trained = train_autoencoder.train(config, seconds, device, clips=6144, batch=16, frames=32, start=tensors)
+            print(json.dumps(train_autoencoder.quality(trained, device)), flush=True)
+            tensors = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
+        save_file(tensors, autoencoder)
     model = train_diffusion.train(
         config, load_file(autoencoder), spiece, 60 * args.diffusion_minutes, device, clips=args.clips
     )
