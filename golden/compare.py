@@ -37,7 +37,7 @@ def _require_same_sizes(model: Any, golden: Recording) -> None:
     config = model.config
     sizes = {
         "latent channels": (config.latent_channels, golden.input("noise").shape[-1]),
-        "conditioning width": (config.conditioning.cond_dim, golden["text.cross_attention"].shape[-1]),
+        "conditioning width": (config.conditioning.cond_dim, golden["conditioning.cross_attention"].shape[-1]),
         "global width": (config.dit.global_cond_dim, golden["seconds.global_cond"].shape[-1]),
         "audio channels": (config.audio_channels, golden["decoder.audio"].shape[-1]),
         "latent frames in the window": (config.latent_length, golden.input("window").shape[1]),
@@ -56,28 +56,31 @@ def _tokens(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
     yield "tokens.mask", mask
 
 
-def _encode(model: Any, golden: Recording) -> Any:
-    return model.conditioner.encode(golden["tokens.ids"], golden["tokens.mask"], **golden.request.numbers)
-
-
 def _text(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
     import mlx.core as mx
 
     mask = mx.array(golden["tokens.mask"])
     yield "text.states", model.conditioner.t5(mx.array(golden["tokens.ids"]), mask) * mask[..., None]
-    encoded = _encode(model, golden)
-    yield "text.cross_attention", encoded.cross_attention
-    yield "text.mask", encoded.mask
+
+
+def _encode(model: Any, golden: Recording) -> Any:
+    return model.conditioner.encode(golden["tokens.ids"], golden["tokens.mask"], **golden.request.numbers)
 
 
 def _seconds(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
     yield "seconds.global_cond", _encode(model, golden).global_cond
 
 
+def _conditioning(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
+    encoded = _encode(model, golden)
+    yield "conditioning.cross_attention", encoded.cross_attention
+    yield "conditioning.mask", encoded.mask
+
+
 def _velocity(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
     import mlx.core as mx
 
-    tokens, global_cond = mx.array(golden["text.cross_attention"]), mx.array(golden["seconds.global_cond"])
+    tokens, global_cond = mx.array(golden["conditioning.cross_attention"]), mx.array(golden["seconds.global_cond"])
     first, times = mx.array(golden.input("noise")[0]), golden.request.times
     clips = len(first)
     for t in times:
@@ -142,6 +145,7 @@ _STAGES = {
     "tokens": _tokens,
     "text": _text,
     "seconds": _seconds,
+    "conditioning": _conditioning,
     "velocity": _velocity,
     "sampling": _sampling,
     "decoder": _decoder,
