@@ -101,7 +101,25 @@ def _fewer_heads(vocabulary: int) -> dict[str, Any]:
     )
 
 
-FIXTURES = {"equal_heads": _equal_heads, "fewer_heads": _fewer_heads}
+def _full_size(vocabulary: int) -> dict[str, Any]:
+    """stable-audio-open-small's sizes; the vocabulary is T5's, of which the small tokenizer uses the first pieces."""
+    heads = {"d_model": 768, "d_kv": 64, "num_heads": 12, "num_layers": 12, "d_ff": 3072, "dropout_rate": 0.0}
+    dit = {"io_channels": 64, "embed_dim": 1024, "depth": 16, "num_heads": 8, "cond_token_dim": 768}
+    config = _config(
+        {"channels": 128, "c_mults": [1, 2, 4, 8, 16], "strides": [2, 4, 4, 8, 8], "use_snake": True},
+        {"max_length": 64, "t5_config": {"vocab_size": 32128, **heads}},
+        ["seconds_total"],
+        256,
+        {
+            "diffusion_objective": "rf_denoiser",
+            "config": {**dit, "global_cond_dim": 768, "attn_kwargs": {"qk_norm": "ln"}},
+        },
+    )
+    return {**config, "sample_size": 524288, "sample_rate": 44100}
+
+
+FIXTURES = {"equal_heads": _equal_heads, "fewer_heads": _fewer_heads}  # small enough to be stored
+FULL = "full_size"
 
 
 def _train_tokenizer() -> tuple[bytes, int]:
@@ -127,10 +145,10 @@ def _train_tokenizer() -> tuple[bytes, int]:
 def write(folder: Path, name: str) -> None:
     """The fixture's model folder, in float16 and with weight norm as g and v; an existing one is replaced."""
     spiece, vocabulary = _train_tokenizer()
-    config = FIXTURES[name](vocabulary)
+    config = {**FIXTURES, FULL: _full_size}[name](vocabulary)
     model = reference.randomise(reference.build(config, seed=len(name)), seed=1, scale=0.2)
     _sharpen(model)
-    if config["model"]["diffusion"]["config"].get("attn_kwargs"):
+    if name == "equal_heads":
         _shrink_queries_and_keys(model)
     tensors = {
         key: tensor.half().contiguous()

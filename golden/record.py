@@ -1,4 +1,10 @@
-"""Records golden files: what stable-audio-tools gives for a model folder, in float32 on the CPU, stage by stage."""
+"""Records golden files: what stable-audio-tools gives for a model folder, in float32 on the CPU, stage by stage.
+
+An environment for it (Python 3.11; MLX is not needed):
+
+    pip install torch==2.13.0 transformers==4.57.6 einops safetensors sentencepiece pillow scipy tqdm numpy
+    pip install --no-deps stable-audio-tools==0.0.19 k-diffusion==0.1.1 einops-exts torchsde torchdiffeq trampoline
+"""
 
 from __future__ import annotations
 
@@ -18,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from mlx_audio_native.errors import WeightsError
+from mlx_audio_native.errors import InputError, WeightsError
 from mlx_audio_native.schema import read_json
 
 from . import fixtures, reference
@@ -257,17 +263,24 @@ def drift(fresh: Recording, stored: Recording) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, nargs="?", metavar="MODEL_FOLDER", help="default: all that is stored")
     parser.add_argument("golden", type=Path, nargs="?", metavar="GOLDEN", help="the golden file to write")
+    parser.add_argument(
+        "--full-size", action="store_true", help="first write MODEL_FOLDER: random, of the release's size"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if a stored golden file has drifted")
 
 
 def run(args: argparse.Namespace) -> int:
     warnings.simplefilter("ignore")  # the reference's, of what torch will no longer have
-    if (args.folder is None) != (args.golden is None):
+    if (args.folder is None) != (args.golden is None) or (args.full_size and not args.folder):
         raise GoldenError("give both a model folder and a golden file, or neither")
     pairs = [(PARITY / name, PARITY / f"{name}.safetensors") for name in fixtures.FIXTURES]
     pairs.append((DEMO, PARITY / "demo.safetensors"))
     if args.folder is not None:
         pairs = [(args.folder, args.golden)]
+    if args.full_size:
+        if args.folder.exists():
+            raise InputError(f"{args.folder} exists already")
+        fixtures.write(args.folder, fixtures.FULL)
     drifted = False
     for folder, path in pairs:
         if args.folder is None and not args.check and folder.name in fixtures.FIXTURES:
