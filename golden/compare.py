@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_audio_native.errors import MlxAudioError
 
-from .recording import BOUNDS, CLIP, HEADER, PARITY, GoldenError, Recording, Row, hold, sha256
+from .recording import AUDIO, CLIP, HEADER, PARITY, GoldenError, Recording, Row, bound_of, hold, sha256
 
 TF32 = "MLX_ENABLE_TF32"
 
@@ -23,26 +23,29 @@ def compare(model: Any, golden: Recording) -> Iterator[Row]:
 
     Raises GoldenError if the golden file is of a model of other sizes.
     """
-    _require_same_sizes(model, golden)
-    for stage in BOUNDS:
+    for stage, precision in golden.stages.items():
         problem, found = "", {}
+        _require_same_sizes(stage, model, golden)
         try:
             found = {name: np.asarray(array) for name, array in _STAGES[stage](model, golden)}
         except MlxAudioError as error:
             problem = str(error)
-        yield from hold(found, golden.expected(stage), problem)
+        yield from hold(found, golden.expected(stage), problem, precision)
 
 
-def _require_same_sizes(model: Any, golden: Recording) -> None:
-    config = model.config
-    sizes = {
-        "latent channels": (config.latent_channels, golden.input("noise").shape[-1]),
-        "conditioning width": (config.conditioning.cond_dim, golden["conditioning.cross_attention"].shape[-1]),
-        "global width": (config.dit.global_cond_dim, golden["seconds.global_cond"].shape[-1]),
-        "audio channels": (config.audio_channels, golden["decoder.audio"].shape[-1]),
-        "latent frames in the window": (config.latent_length, golden.input("window").shape[1]),
-        "numbers": (sorted(number.id for number in config.numbers), sorted(golden.request.numbers)),
-    }
+def _require_same_sizes(stage: str, model: Any, golden: Recording) -> None:
+    config, sizes = model.config, {}
+    if stage in ("seconds", "conditioning"):
+        ids = sorted(number.id for number in config.numbers)
+        sizes["numbers"] = (ids, sorted(golden.request.numbers))
+    elif stage == "velocity":
+        sizes["latent channels"] = (config.latent_channels, golden.input("noise").shape[-1])
+        sizes["conditioning width"] = (config.dit.cond_token_dim, golden.input("cross_attention").shape[-1])
+        sizes["global width"] = (config.dit.global_cond_dim, golden.input("global_cond").shape[-1])
+    elif stage == "decoder":
+        sizes["latent channels"] = (config.latent_channels, golden.input("latents").shape[-1])
+    elif stage == "encoder":
+        sizes["audio channels"] = (config.audio_channels, golden[AUDIO].shape[-1])
     for name, (found, expected) in sizes.items():
         if found != expected:
             raise GoldenError(f"the golden file is of another model: {name} {expected}, here {found}")
@@ -59,12 +62,12 @@ def _tokens(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
 def _text(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
     import mlx.core as mx
 
-    mask = mx.array(golden["tokens.mask"])
-    yield "text.states", model.conditioner.t5(mx.array(golden["tokens.ids"]), mask) * mask[..., None]
+    mask = mx.array(golden.input("mask"))
+    yield "text.states", model.conditioner.t5(mx.array(golden.input("ids")), mask) * mask[..., None]
 
 
 def _encode(model: Any, golden: Recording) -> Any:
-    return model.conditioner.encode(golden["tokens.ids"], golden["tokens.mask"], **golden.request.numbers)
+    return model.conditioner.encode(golden.input("ids"), golden.input("mask"), **golden.request.numbers)
 
 
 def _seconds(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
@@ -80,14 +83,13 @@ def _conditioning(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
 def _velocity(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
     import mlx.core as mx
 
-    tokens, global_cond = mx.array(golden["conditioning.cross_attention"]), mx.array(golden["seconds.global_cond"])
+    tokens, global_cond = mx.array(golden.input("cross_attention")), mx.array(golden.input("global_cond"))
     first, times = mx.array(golden.input("noise")[0]), golden.request.times
-    clips = len(first)
     for t in times:
-        at = mx.full((clips,), t)
-        yield f"velocity.t={t:g}", model.dit(first, at, tokens[:clips], global_cond[:clips])
-    whole = mx.array(golden.input("window"))
-    yield "velocity.window", model.dit(whole, mx.full((1,), times[-2]), tokens[:1], global_cond[:1])
+        yield f"velocity.t={t:g}", model.dit(first, mx.full((len(first),), t), tokens, global_cond)
+    if "velocity.window" in golden.tensors:
+        whole = mx.array(golden.input("window"))
+        yield "velocity.window", model.dit(whole, mx.full((1,), times[-2]), tokens[:1], global_cond[:1])
 
 
 def _sampling(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:
@@ -191,5 +193,8 @@ def describe(model: Any, golden: Recording) -> Iterator[str]:
         yield f"golden {key}: {value}"
     same = sha256(model.folder / "model.safetensors") == golden.provenance.get("sha256")
     yield f"model: {model.folder}, {'the file recorded from' if same else 'not the file recorded from'}"
+    for stage, precision in golden.stages.items():
+        if precision != "float32":
+            yield f"{stage}: recorded from {precision} weights, so the bound is {bound_of(stage, precision).limit:g}"
     device, tf32 = mx.device_info().get("device_name", mx.default_device()), os.environ.get(TF32, "1") != "0"
     yield f"MLX {mx.__version__}, {device}, TF32 {'on' if tf32 else 'off'}"

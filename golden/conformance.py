@@ -54,10 +54,12 @@ PRECISIONS = ("float32", "float16", "bfloat16", "8-bit", "4-bit")
 
 def _one_sampling(golden: Recording) -> Recording:
     """The golden of the default sampler alone, and of its last step."""
+    if not golden.request.runs:
+        return golden
     run = golden.request.runs[0]
     last = f"sampling.{run.name}.{run.steps}"
     tensors = {n: array for n, array in golden.tensors.items() if not n.startswith("sampling.") or n == last}
-    return Recording(tensors, replace(golden.request, runs=(run,)), golden.provenance)
+    return replace(golden, tensors=tensors, request=replace(golden.request, runs=(run,)))
 
 
 def worst(rows: list[Row]) -> Iterator[Row]:

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from mlx_audio_native.errors import InputError, MlxAudioError
 from mlx_audio_native.schema import Section
 
-FORMAT = "mlx-audio-native golden 1"
+FORMAT = "mlx-audio-native golden 2"
 PARITY = Path(__file__).parent / "data" / "parity"
 INPUT = "input"
 # made end to end, it is the decoder's audio: both start from the same noise
@@ -50,6 +50,12 @@ BOUNDS = {
     "encoder": Bound(5e-6, "rel rms"),
     "clip": Bound(1e-3, "rel rms"),
 }
+# recorded from weights in fewer bits, which another engine need not round alike
+LOOSER = {"float16": Bound(5e-3, "rel rms"), "int8": Bound(5e-2, "rel rms")}
+
+
+def bound_of(stage: str, precision: str) -> Bound:
+    return BOUNDS[stage] if precision == "float32" else LOOSER[precision]
 
 
 @dataclass(frozen=True)
@@ -100,10 +106,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Recording:
-    """A golden file's contents; float32 or int32 arrays, channels last."""
+    """A golden file's contents; float32 or int32 arrays, channels last. `stages`: of each, the weights' precision."""
 
     tensors: dict[str, np.ndarray]
     request: Request
+    stages: dict[str, str]
     provenance: dict[str, str]
 
     def input(self, what: str) -> np.ndarray:
@@ -118,11 +125,15 @@ class Recording:
         """What came out of a stage, by name."""
         if stage == "clip":
             return {CLIP: self[AUDIO]}
-        return {name: array for name, array in self.tensors.items() if name.split(".")[0] == stage}
+        tensors = {name: array for name, array in self.tensors.items() if name.split(".")[0] == stage}
+        if not tensors:
+            raise GoldenError(f"the golden file has no tensor of the stage {stage}")
+        return tensors
 
     def write(self, path: Path) -> None:
         """Whole or not at all."""
-        metadata = {"format": FORMAT, **self.provenance, "request": json.dumps(asdict(self.request))}
+        ours = {"request": json.dumps(asdict(self.request)), "stages": json.dumps(self.stages)}
+        metadata = {"format": FORMAT, **self.provenance, **ours}
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             new = Path(scratch) / path.name
@@ -144,14 +155,17 @@ class Recording:
             raise GoldenError(f"{path} is no golden file: its header does not say {FORMAT!r}")
         try:
             request = Request.read(json.loads(metadata.pop("request")))
+            section = Section(json.loads(metadata.pop("stages")), "stages")
         except (KeyError, ValueError, RecursionError):
-            raise GoldenError(f"{path} is no golden file: it has no request") from None
+            raise GoldenError(f"{path} is no golden file: its header lacks request or stages") from None
+        stages = {stage: section.one_of(stage, ("float32", *LOOSER), "") for stage in BOUNDS}
+        section.done()
         for name, array in tensors.items():
             if name.split(".")[0] not in (INPUT, *BOUNDS) or array.dtype not in (np.float32, np.int32):
                 raise GoldenError(f"{path} has a tensor that no stage gives: {name!r}, {array.dtype}")
             if not np.isfinite(array).all():
                 raise GoldenError(f"tensor {name!r} in {path} has values that are not finite")
-        return cls(tensors, request, metadata)
+        return cls(tensors, request, {stage: precision for stage, precision in stages.items() if precision}, metadata)
 
 
 class Row(NamedTuple):
@@ -181,10 +195,12 @@ class Row(NamedTuple):
 HEADER = f"{'tensor':<32}{'shape':<14}{'max abs':>10}{'rel rms':>10}{'cosine':>14}  bound"
 
 
-def hold(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], problem: str = "") -> Iterator[Row]:
+def hold(
+    found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], problem: str = "", precision: str = "float32"
+) -> Iterator[Row]:
     """A row for each tensor of either side. `problem` says why some were not found."""
     for name in [*expected, *(name for name in found if name not in expected)]:
-        bound, nan = BOUNDS[name.split(".")[0]], float("nan")
+        bound, nan = bound_of(name.split(".")[0], precision), float("nan")
         shape = (expected if name in expected else found)[name].shape
         if name not in expected or name not in found:
             why = "no golden for it" if name in found else problem or "was not made"
