@@ -90,15 +90,16 @@ class Audio:
             raise AudioFileError(f"{path} was not written: the samples hold NaN or infinity")
         scale = 1 / peak if peak > 1 else 1.0
         recipe = replace(self.recipe, peak_scale=scale)
+        wav = io.BytesIO()
+        soundfile.write(wav, self.samples * np.float32(scale), self.sample_rate, subtype="PCM_24", format="WAV")
         part = path.with_name(f".{secrets.token_hex(4)}.part")  # in the same folder, so that renaming is atomic
         try:
-            soundfile.write(part, self.samples * np.float32(scale), self.sample_rate, subtype="PCM_24", format="WAV")
-            _append_comment(part, recipe.to_json())
+            part.write_bytes(_with_comment(wav.getvalue(), recipe.to_json()))
             if read_recipe(part) != recipe:
                 raise AudioFileError(f"{path} was not written: its recipe does not read back")
             part.replace(path)
-        except (OSError, soundfile.SoundFileError) as error:
-            raise AudioFileError(f"cannot write {path}: {error}") from None
+        except OSError as error:
+            raise AudioFileError(f"cannot write {path}: {error.strerror}") from None
         finally:
             part.unlink(missing_ok=True)
 
@@ -115,7 +116,7 @@ def check_output(path: Path, overwrite: bool) -> None:
     elif os.path.isdir(path):
         problem = "it is a folder"
     elif os.path.exists(path) and not overwrite:
-        problem = "it exists, and is kept unless overwriting is asked for"
+        problem = "it exists, and is kept (--overwrite, or overwrite=True in Python, replaces it)"
     else:
         return
     raise AudioFileError(f"cannot write {path}: {problem}")
@@ -131,15 +132,10 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         raise AudioFileError(f"cannot use {path}: {error}") from None
 
 
-def _append_comment(path: Path, text: str) -> None:
-    """Add the standard LIST/INFO/ICMT chunk; from 2046 bytes on, libsndfile neither writes nor reads it."""
+def _with_comment(wav: bytes, text: str) -> bytes:
+    """A WAV with the standard LIST/INFO/ICMT chunk; from 2046 bytes on, libsndfile neither writes nor reads it."""
     comment = _chunk(b"ICMT", text.encode() + b"\0")
-    with open(path, "r+b") as file:
-        file.seek(0, os.SEEK_END)
-        file.write(_chunk(b"LIST", b"INFO" + comment))
-        riff_size = file.tell() - 8
-        file.seek(4)
-        file.write(struct.pack("<I", riff_size))
+    return _chunk(b"RIFF", wav[8:] + _chunk(b"LIST", b"INFO" + comment))
 
 
 def _chunk(name: bytes, body: bytes) -> bytes:

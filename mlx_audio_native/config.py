@@ -43,7 +43,7 @@ class ModelConfig:
         """
         for part in parts:
             check(part in PARTS, f"unknown part {part!r}; the parts are {', '.join(PARTS)}{nearest(part, PARTS)}")
-        top = Section(values, "the model config")
+        top = Section(values, "config")
         top.one_of("model_type", ("diffusion_cond",))
         # a conditioner alone makes no sound: an extracted one need not say at which rate
         sounding = "dit" in parts or "autoencoder" in parts
@@ -129,7 +129,11 @@ def read_config(folder: Path | str, parts: Sequence[str] = PARTS) -> ModelConfig
     folder = Path(folder)
     beside = folder / TEXT_ENCODER / "config.json"
     text_encoder = read_json(beside) if "conditioner" in parts and beside.is_file() else None
-    return ModelConfig.from_dict(read_config_json(folder), parts, text_encoder)
+    values = read_config_json(folder)
+    try:
+        return ModelConfig.from_dict(values, parts, text_encoder)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from None
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:

@@ -53,11 +53,7 @@ class Section:
 
     def take(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
         """The value of `key`, of type `kind`; `default` where it is absent (or null, if the default is None)."""
-        self._known.append(key)
-        if key not in self._values and default is REQUIRED:
-            near = nearest(key, [k for k in self._values if k not in self._known])
-            raise ConfigError(f"{self.where} lacks {key!r}{near}")
-        value = self._values.pop(key, default)
+        value = self._pop(key, default)
         if value is default:
             return value
         if not is_kind(value, kind):
@@ -73,23 +69,17 @@ class Section:
 
     def many(self, key: str, kind: type, default: Any = REQUIRED) -> tuple[Any, ...]:
         """A list of values of one kind, as a tuple."""
-        self._known.append(key)
-        if key not in self._values and default is REQUIRED:
-            raise ConfigError(f"{self.where} lacks {key!r}")
-        values = self._values.pop(key, default)
+        values = self._pop(key, default)
         if not isinstance(values, list | tuple) or not all(is_kind(value, kind) for value in values):
             raise ConfigError(f"{self.where}.{key} must be a list, each {_KINDS[kind]}, found {values!r:.60}")
         return tuple(values)
 
     def section(self, key: str, default: Any = REQUIRED) -> Section:
-        return Section(self.take(key, dict, default), f"{self.where}.{key}" if self.where else key)
+        return Section(self.take(key, dict, default), f"{self.where}.{key}")
 
     def one_of(self, key: str, choices: Sequence[Any], default: Any = REQUIRED) -> Any:
         """A value that the runtime can honour; the reference may know others."""
-        self._known.append(key)
-        if key not in self._values and default is REQUIRED:
-            raise ConfigError(f"{self.where} lacks {key!r}")
-        value = self._values.pop(key, default)
+        value = self._pop(key, default)
         if not any(value == choice and type(value) is type(choice) for choice in choices):
             known = " or ".join(json.dumps(choice) for choice in choices)
             near = nearest(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
@@ -106,6 +96,13 @@ class Section:
         """Refuse what nobody took."""
         for key in self._values:
             raise ConfigError(f"unknown key {key!r} in {self.where}{nearest(key, self._known)}")
+
+    def _pop(self, key: str, default: Any) -> Any:
+        self._known.append(key)
+        if key not in self._values and default is REQUIRED:
+            near = nearest(key, [k for k in self._values if k not in self._known])
+            raise ConfigError(f"{self.where} lacks {key!r}{near}")
+        return self._values.pop(key, default)
 
 
 def check(fits: bool, problem: str) -> None:

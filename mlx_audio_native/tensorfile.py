@@ -37,9 +37,8 @@ class Stored(NamedTuple):
 def open_tensors(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file by name, weight-norm pairs as the weight they make. Raises WeightsError."""
     try:
-        with safe_open(path, framework="np"):
-            pass  # it has checked the header: every tensor lies inside the file and has the bytes its shape needs
-        with open(path, "rb") as file:
+        # safe_open checks the header: every tensor lies inside the file and has the bytes its shape needs
+        with open(path, "rb") as file, safe_open(path, framework="np"):
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
     except SafetensorError as error:

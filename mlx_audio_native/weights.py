@@ -230,7 +230,8 @@ def _require_finite(array: mx.array, entry: Entry, tensor: Stored) -> None:
     # NumPy, because on a CPU it is ten times as fast as MLX at this; it knows no bfloat16
     values = np.asarray(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
     if not np.isfinite(values).all():
-        raise WeightsError(f"tensor {entry.source!r} in {tensor.file} has values that are not finite in {array.dtype}")
+        dtype = str(array.dtype).split(".")[-1]
+        raise WeightsError(f"tensor {entry.source!r} in {tensor.file} has values that are not finite in {dtype}")
 
 
 def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:

@@ -1,6 +1,7 @@
 """WAV files and the recipes inside."""
 
 import json
+import resource
 import struct
 from dataclasses import replace
 
@@ -115,6 +116,21 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, name, problem):
     with pytest.raises(AudioFileError, match=problem):
         audio().save(tmp_path / name, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.wav"]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a.wav"
+    audio(frames=3).save(path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(AudioFileError, match=r"^cannot write .*/a\.wav: File too large$"):
+            audio(frames=1000).save(path, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
 
 
 def test_nan_is_not_written(tmp_path):

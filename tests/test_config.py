@@ -86,7 +86,7 @@ def test_additions_to_the_schema():
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        (("sample_rates",), 44100, "unknown key 'sample_rates' in the model config; did you mean 'sample_rate'?"),
+        (("sample_rates",), 44100, "unknown key 'sample_rates' in config; did you mean 'sample_rate'?"),
         ((*DIT, "embed_dims"), 64, "unknown key 'embed_dims' in model.diffusion.config; did you mean 'embed_dim'?"),
         ((*DIT, "attn_kwargs"), {"qk_nrom": "ln"}, "'qk_nrom' in model.diffusion.config.attn_kwargs; did you mean"),
         ((*PROMPT, "maxlength"), 3, "unknown key 'maxlength' in model.conditioning.configs[0].config"),
@@ -94,8 +94,8 @@ def test_additions_to_the_schema():
         ((*PRETRANSFORM, "decoder", "config", "use_snakes"), True, "did you mean 'use_snake'?"),
         (("model", "pretransform", "scales"), 1.0, "did you mean 'scale'?"),
         (("model", "loRA"), {}, "unknown key 'loRA' in model"),
-        (("sample_rate",), ABSENT, "the model config lacks 'sample_rate'"),
-        (("sample_rate",), "44100", "the model config.sample_rate must be a whole number, found '44100'"),
+        (("sample_rate",), ABSENT, "config lacks 'sample_rate'"),
+        (("sample_rate",), "44100", "config.sample_rate must be a whole number, found '44100'"),
         (("sample_rate",), True, "must be a whole number"),
         (("sample_rate",), 0, "must be from 1 to"),
         ((*DIT, "embed_dim"), 10**9, "must be from 1 to"),
