@@ -148,7 +148,6 @@ class Model:
     def _decode(self, latents: mx.array, frames: int) -> mx.array:
         """float32 samples (B, at least frames, channels), from no more latents than have a part in them."""
         samples = self.autoencoder.decode(latents[:, : self.config.autoencoder.latents_for(frames)])
-        samples = samples.astype(mx.float32)
         mx.eval(samples)
         return samples
 
