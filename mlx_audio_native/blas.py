@@ -33,5 +33,5 @@ def require_backend() -> None:
     try:
         import mlx.core  # noqa: F401
     except ImportError as error:
-        extras = "pip install 'mlx-audio-native[cpu]', or [cuda12] or [cuda13] for an NVIDIA GPU"
+        extras = "pip install '.[cpu]' in the clone, or [cuda12] or [cuda13] for an NVIDIA GPU"
         raise BackendError(f"MLX cannot start ({error}); on Linux its back end is an extra: {extras}") from None

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import re
 import secrets
 import sys
@@ -192,7 +193,7 @@ def _extraction() -> ModuleType:
     try:
         import tflite  # noqa: F401
     except ImportError as error:
-        raise InputError("reading .tflite files is an extra: pip install 'mlx-audio-native[extract]'") from error
+        raise InputError("reading .tflite files takes an extra: pip install '.[extract]' in the clone") from error
     import extraction
 
     return extraction
@@ -234,9 +235,13 @@ def main(argv: list[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             args.run(args)
+            sys.stdout.flush()
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+        except BrokenPipeError:  # `| head` has read enough; what is left goes nowhere, without a word
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except Exception as error:  # whatever it is, a person gets a sentence, and the traceback on request
             if args.debug:
                 traceback.print_exc()

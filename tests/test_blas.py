@@ -39,4 +39,4 @@ def test_no_back_end_is_said_in_one_line(tmp_path):
     result = run_python(command, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
-    assert "mlx-audio-native[cpu]" in result.stderr
+    assert "pip install '.[cpu]'" in result.stderr

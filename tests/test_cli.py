@@ -174,6 +174,14 @@ def test_a_damaged_model_is_one_line(make_folder, folder, capsys):
     assert names(folder) == []
 
 
+def test_a_reader_that_stops_early_is_told_nothing(small_folder):
+    command = [sys.executable, "-m", "mlx_audio_native", "info", str(small_folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(30) == 1
+
+
 def test_debug_shows_the_traceback(generate, folder, capsys):
     assert generate("kick", "--steps", "0", "--debug") == 1
     told = capsys.readouterr().err
