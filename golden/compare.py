@@ -155,6 +155,21 @@ _STAGES = {
     "clip": _clip,
 }
 
+# what a stage runs; the others run all of a model
+_PARTS = {
+    **dict.fromkeys(("tokens", "text", "seconds", "conditioning"), "conditioner"),
+    "velocity": "dit",
+    **dict.fromkeys(("decoder", "encoder"), "autoencoder"),
+}
+
+
+def parts_for(golden: Recording) -> list[str]:
+    """The parts that a model must have to be compared."""
+    from mlx_audio_native.config import PARTS
+
+    wanted = {_PARTS.get(stage) for stage in golden.stages}
+    return [part for part in PARTS if part in wanted or None in wanted]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, nargs="?", metavar="MODEL_FOLDER", help="default: the embedded model")
@@ -169,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault(TF32, "0")  # the bounds are for full float32; read when MLX first multiplies
     from mlx_audio_native import load
 
-    model = load(args.folder, dtype="float32")
+    model = load(args.folder, parts=parts_for(golden), dtype="float32")
     for line in describe(model, golden):
         print(line)
     print(f"\n{HEADER}")

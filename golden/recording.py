@@ -155,17 +155,18 @@ class Recording:
             raise GoldenError(f"{path} is no golden file: its header does not say {FORMAT!r}")
         try:
             request = Request.read(json.loads(metadata.pop("request")))
-            section = Section(json.loads(metadata.pop("stages")), "stages")
+            stages = json.loads(metadata.pop("stages"))
         except (KeyError, ValueError, RecursionError):
             raise GoldenError(f"{path} is no golden file: its header lacks request or stages") from None
-        stages = {stage: section.one_of(stage, ("float32", *LOOSER), "") for stage in BOUNDS}
+        section = Section(stages, "stages")
+        stages = {stage: section.one_of(stage, ("float32", *LOOSER)) for stage in BOUNDS if stage in stages}
         section.done()
         for name, array in tensors.items():
             if name.split(".")[0] not in (INPUT, *BOUNDS) or array.dtype not in (np.float32, np.int32):
                 raise GoldenError(f"{path} has a tensor that no stage gives: {name!r}, {array.dtype}")
             if not np.isfinite(array).all():
                 raise GoldenError(f"tensor {name!r} in {path} has values that are not finite")
-        return cls(tensors, request, {stage: precision for stage, precision in stages.items() if precision}, metadata)
+        return cls(tensors, request, stages, metadata)
 
 
 class Row(NamedTuple):

@@ -1,0 +1,99 @@
+"""Exports a model folder whole by litert-torch, under the names of Arm's recipe: conditioners, dit, autoencoder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlx_audio_native.errors import InputError
+from mlx_audio_native.schema import read_json
+
+from .export_routes import litert_route
+from .record_torch import load_reference
+
+
+class _Conditioners(nn.Module):
+    """Ids, mask and one number to tokens, mask and global vector."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.text, self.number = (
+            model.conditioner.conditioners["prompt"],
+            model.conditioner.conditioners["seconds_total"],
+        )
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, seconds: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        number = self.number
+        x = (seconds.clamp(number.min_val, number.max_val) - number.min_val) / (number.max_val - number.min_val)
+        embedding = number.embedder(x)
+        states = self.text.proj_out(self.text.model(input_ids=ids, attention_mask=mask)[0]) * mask[..., None].float()
+        tokens = torch.cat((states, embedding[:, None]), dim=1)
+        return tokens, torch.cat((mask.float(), torch.ones_like(seconds)[:, None]), dim=1), embedding
+
+
+class _DiT(nn.Module):
+    """Exported `by_position`, the global vector lands where a mask belongs that nothing reads, and is lost."""
+
+    def __init__(self, model: nn.Module, by_position: bool) -> None:
+        super().__init__()
+        self.dit, self.by_position = model.model.model, by_position
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, global_cond: torch.Tensor
+    ) -> torch.Tensor:
+        if self.by_position:
+            return self.dit(x, t, tokens, global_cond)
+        return self.dit(x, t, cross_attn_cond=tokens, global_embed=global_cond)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.decoder, self.scale = model.pretransform.model.decoder, model.pretransform.scale
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.decoder(latents * self.scale)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="MODEL_FOLDER")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--precision", default="float32", choices=("float32", "float16", "int8"), help="of the DiT")
+    parser.add_argument("--by-position", action="store_true", help="lose the DiT's global conditioning")
+
+
+def run(args: argparse.Namespace) -> int:
+    config: dict[str, Any] = read_json(args.folder / "config.json")
+    model = load_reference(args.folder, config)
+    for module in model.modules():
+        if hasattr(module, "weight_g"):
+            nn.utils.remove_weight_norm(module)
+    numbers = [entry["id"] for entry in config["model"]["conditioning"]["configs"] if entry["type"] == "number"]
+    if numbers != ["seconds_total"]:
+        raise InputError(f"only models with seconds_total alone are exported whole, this one has {', '.join(numbers)}")
+    width, diffusion = config["model"]["conditioning"]["cond_dim"], config["model"]["diffusion"]["config"]
+    length = model.conditioner.conditioners["prompt"].max_length
+    latents = torch.zeros(
+        1,
+        config["model"]["io_channels"],
+        config["sample_size"] // config["model"]["pretransform"]["config"]["downsampling_ratio"],
+    )
+    ids = torch.ones(1, length, dtype=torch.int64)
+    tokens, global_cond = torch.zeros(1, length + 1, width), torch.zeros(1, diffusion["global_cond_dim"])
+    if args.output.exists():
+        raise InputError(f"{args.output} exists already")
+    args.output.mkdir(parents=True)
+    conditioners, dit = _Conditioners(model), _DiT(model, args.by_position)
+    with torch.no_grad():
+        litert_route(
+            conditioners.eval(), (ids, ids.clone(), torch.ones(1)), args.output / "conditioners_float32.tflite"
+        )
+        litert_route(
+            dit.eval(), (latents, torch.ones(1), tokens, global_cond), args.output / "dit_model.tflite", args.precision
+        )
+        litert_route(_Decoder(model).eval(), (latents,), args.output / "autoencoder_model.tflite")
+    return 0
