@@ -1,5 +1,9 @@
 """A small model of random weights, every part real: what the runtime does with any model can be tested on it."""
 
+import mlx_audio_native  # noqa: F401  before mlx.core, so that an installed OpenBLAS is used
+
+# isort: split
+
 import copy
 import io
 from collections.abc import Callable
