@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from golden.__main__ import main
 from golden.compare import compare
+from golden.record import drift
 from golden.recording import BOUNDS, PARITY, GoldenError, Recording, Request, Row, hold
 from mlx_audio_native import load, sampling
 
@@ -74,6 +75,17 @@ def test_golden_files_survive_writing_and_reading(tmp_path):
     assert again.tensors.keys() == golden.tensors.keys()
     assert all(np.array_equal(again[name], golden[name]) for name in golden.tensors)
     assert [path.name for path in tmp_path.iterdir()] == ["again.safetensors"]
+
+
+def test_drift_of_values_provenance_and_request_is_told():
+    stored = golden_of("equal_heads")
+    assert drift(stored, stored) == []
+    name = "velocity.t=0.5"
+    off = {**stored.tensors, name: stored[name] * np.float32(1.001)}
+    other = {**stored.provenance, "sha256": "0", "versions": "torch 9"}
+    fresh = replace(stored, tensors=off, provenance=other, request=replace(stored.request, negative_prompt="hiss"))
+    first, second, row = drift(fresh, stored)
+    assert first.startswith("sha256 was ") and "asked" in second and row.startswith(name) and "NOT OK" in row
 
 
 def test_shapes_missing_tensors_and_nan_are_not_ok():
