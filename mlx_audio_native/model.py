@@ -115,9 +115,9 @@ class Model:
         if self.tokenizer is None:
             raise InputError(f"{self.folder} has no spiece.model to read text with")
         request = check_request(self.config, **arguments)
+        limit = self.config.prompt.max_length
         for text in dict.fromkeys([*(clip.prompt for clip in request.clips), request.negative_prompt or ""]):
-            if cut := self.tokenizer.find_cut(text):
-                limit = self.config.prompt.max_length
+            if cut := self.tokenizer.find_cut(text, limit):
                 warnings.warn(f"the prompt is longer than {limit} tokens, so this is not heard: {cut!r}", stacklevel=3)
         return request
 

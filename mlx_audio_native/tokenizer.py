@@ -51,9 +51,9 @@ class Tokenizer:
             mask[row, : len(tokens)] = 1
         return ids, mask
 
-    def find_cut(self, text: str) -> str:
-        """The end of a text that `encode` cuts off; empty if all of it fits."""
-        return self._pieces.decode(self._tokenize(text)[self.length - 1 :])
+    def find_cut(self, text: str, heard: int) -> str:
+        """The end of a text that is not among the first `heard` tokens that `encode` gives; empty if all of it is."""
+        return self._pieces.decode(self._tokenize(text)[min(heard, self.length - 1) :])
 
     def _tokenize(self, text: str) -> list[int]:
         try:

@@ -215,6 +215,20 @@ def test_a_long_prompt_is_cut_with_a_warning_that_shows_what(small_model):
     assert cut.recipe.prompt == f"{start} snare"
 
 
+def test_a_prompt_cropped_after_the_encoder_is_warned_of_too(make_folder):
+    def encode_more(config):
+        config["model"]["conditioning"]["configs"][0]["config"]["encode_length"] = 128
+
+    model = load(make_folder(encode_more))
+    start = " ".join(["kick"] * 16)
+    assert model.tokenizer.encode([start])[1].sum() == 64 + 1  # and the end token
+    with pytest.warns(UserWarning, match="longer than 64 tokens, so this is not heard: 'snare'"):
+        model.generate(f"{start} snare", seconds=1, steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(start, seconds=1, steps=1)
+
+
 def test_v_models_load_and_say_what_is_missing(make_folder):
     model = load(make_folder(with_objective("v")))
     with pytest.raises(InputError, match="objective 'v'"):

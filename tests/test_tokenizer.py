@@ -41,14 +41,14 @@ def test_ids_end_and_padding(tokenizer, pieces, batch):
 @given(texts)
 def test_what_is_cut_is_the_end_of_the_text(tokenizer, pieces, text):
     tokens = pieces.encode(text)
-    cut = tokenizer.find_cut(text)
+    cut = tokenizer.find_cut(text, LENGTH)
     assert bool(cut) == bool(pieces.decode(tokens[LENGTH - 1 :]))
     assert pieces.decode(tokens).endswith(cut)
 
 
 def test_cut_words(tokenizer):
-    assert tokenizer.find_cut("kick drum") == ""
-    assert tokenizer.find_cut("kick snare drum loop sine tone saw bass square lead").endswith("lead")
+    assert tokenizer.find_cut("kick drum", LENGTH) == ""
+    assert tokenizer.find_cut("kick snare drum loop sine tone saw bass square lead", LENGTH).endswith("lead")
 
 
 def test_special_tokens_in_a_text_are_themselves(tokenizer, pieces):
