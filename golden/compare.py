@@ -39,6 +39,9 @@ def _require_same_sizes(stage: str, model: Any, golden: Recording) -> None:
         ids = sorted(number.id for number in config.numbers)
         sizes["numbers"] = (ids, sorted(golden.request.numbers))
     elif stage == "velocity":
+        fed = [golden.input("noise")[0], golden.input("cross_attention"), golden.input("global_cond")]
+        if len({len(array) for array in fed}) > 1:
+            raise GoldenError("the golden file's latents, tokens and global vectors are not as many")
         sizes["latent channels"] = (config.latent_channels, golden.input("noise").shape[-1])
         sizes["conditioning width"] = (config.dit.cond_token_dim, golden.input("cross_attention").shape[-1])
         sizes["global width"] = (config.dit.global_cond_dim, golden.input("global_cond").shape[-1])
@@ -119,11 +122,18 @@ def _sample(model: Any, golden: Recording, run: Any) -> Iterator[Any]:
             cfg_scale=run.cfg_scale,
             negative_prompt=negative,
         )
-    noise = iter(mx.array(golden.input("noise")))
+    noise = _draws(golden)
     velocity = model.velocity(request)
     for state in sample(velocity, next(noise), noise, request.sampler, request.steps):
         mx.eval(state.latents)
         yield state.latents
+
+
+def _draws(golden: Recording) -> Iterator[Any]:
+    import mlx.core as mx
+
+    yield from mx.array(golden.input("noise"))
+    raise GoldenError("the golden file has less noise than its samplings draw")
 
 
 def _decoder(model: Any, golden: Recording) -> Iterator[tuple[str, Any]]:

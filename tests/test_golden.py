@@ -114,17 +114,24 @@ def test_what_is_no_golden_file_ends_in_one_line(tmp_path, capsys):
     save_file(golden.tensors, tmp_path / "asked", {"format": "mlx-audio-native golden 2", "request": '{"prompts": 3}'})
     lacking = {name: array for name, array in golden.tensors.items() if name != "seconds.global_cond"}
     Recording(lacking, golden.request, golden.stages, golden.provenance).write(tmp_path / "lacking")
+    few = {**golden.tensors, "input.noise": golden.tensors["input.noise"][:2]}
+    replace(golden, tensors=few).write(tmp_path / "few")
+    flat = {**golden.tensors, "input.latents": golden.tensors["input.latents"].ravel()}
+    replace(golden, tensors=flat).write(tmp_path / "flat")
     for path, said in (
         ("missing", "cannot read"),
         ("text", "is no golden file"),
         ("cut", "is no golden file"),
         ("plain", "its header does not say"),
         ("asked", "request"),
+        ("flat", "input 'latents' is (128,), expected 3 axes"),
         ("lacking", "no tensor of the stage seconds"),
     ):
         assert main(["compare", str(PARITY / "equal_heads"), str(tmp_path / path)]) == 1
         err = capsys.readouterr().err
         assert err.startswith("error: ") and said in err and err.count("\n") == 1
+    assert main(["compare", str(PARITY / "equal_heads"), str(tmp_path / "few")]) == 1
+    assert "NOT OK: the golden file has less noise" in capsys.readouterr().out
     assert main(["compare", str(PARITY / "equal_heads")]) == 1
     assert "neither" in capsys.readouterr().err
 
