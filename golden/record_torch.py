@@ -82,6 +82,8 @@ def load_reference(folder: Path, config: dict[str, Any]) -> nn.Module:
                 raise GoldenError(f"the reference cannot embed {entry['id']} with {key} {own[key]}, only {value}")
     config = json.loads(json.dumps(config))
     prompt = _prompt(config)["config"]
+    if "t5_config" not in prompt:
+        raise GoldenError(f"{folder / 'config.json'} has no t5_config, without which the reference asks a hub for T5")
     # it has one length for both; cropping afterwards is what exports do
     prompt["max_length"] = prompt.get("encode_length", prompt.get("max_length", 128))
     model = reference.build(config, folder / "spiece.model")
@@ -93,11 +95,15 @@ def load_reference(folder: Path, config: dict[str, Any]) -> nn.Module:
         for module in model.modules():
             if hasattr(module, "weight_g"):
                 nn.utils.remove_weight_norm(module)
-    loaded = model.load_state_dict(tensors, strict=False)
-    derived = ("inv_freq", "encoder.embed_tokens.weight")
-    wrong = [*loaded.unexpected_keys, *(key for key in loaded.missing_keys if not key.endswith(derived))]
-    if wrong:
-        raise WeightsError(f"{folder} does not fit the reference: {', '.join(wrong[:3])}")
+    for name, derived in model.state_dict().items():
+        if name.endswith("inv_freq"):
+            tensors.setdefault(name, derived)
+        elif name.endswith("encoder.embed_tokens.weight"):  # the same parameter as T5's shared table
+            tensors.setdefault(name, tensors.get(name.replace("encoder.embed_tokens", "shared"), derived))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise WeightsError(f"{folder} does not fit the reference: {' '.join(str(error).split())[:300]}") from None
     return model.float().eval().requires_grad_(False)
 
 
@@ -147,7 +153,7 @@ class Recorder:
 
     def _encode(self, prompts: tuple[str, ...], numbers: dict[str, tuple[float, ...]], negative: bool = False):
         batch = [
-            {"prompt": p, self.prompt_id: p, **dict(zip(numbers, row, strict=True))}
+            {self.prompt_id: p, **dict(zip(numbers, row, strict=True))}
             for p, *row in zip(prompts, *numbers.values(), strict=True)
         ]
         encoded = self.model.conditioner(batch, torch.device("cpu"))
