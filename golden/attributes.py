@@ -1,9 +1,10 @@
-"""What a caption says, as numbers: the targets that T5's states are held to while the demo model trains.
+"""What a caption says, as numbers: what T5's states are to be while the demo model trains.
 
 Left to the diffusion loss alone, text learns instruments in minutes, numbers hardly at all, and notes by heart: an
-unseen note then means anything. A linear reading of every token's state towards these targets, dropped after training,
-gives tempo and pitch a smooth place in the embedding. The lesson is text alone, as a language model's would be: it
-ranges wider than the sounds do, and it spells the notes that are held out from them, though not the tempos.
+unseen note then means anything. So every token's state is held to the caption's attributes in its first SIZE places and
+to zero in the rest: a note that was never heard differs from its neighbours only as their pitches do. The lesson is
+text alone, as a language model's would be: it ranges wider than the sounds do, and it spells the notes that are held
+out from them, though not the tempos.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ def _waves(x: float, counts: tuple[int, ...]) -> list[float]:
     return [f(2 * math.pi * count * x) for count in counts for f in (math.sin, math.cos)]
 
 
-def attributes(clip: sounds.Clip) -> tuple[list[float], list[float]]:
-    """Targets (SIZE,) and their weights, zero where the caption says nothing of the kind."""
-    targets = [float(clip.kind == name) for name in sounds.KINDS]
-    targets += [2.0 * clip.rising - 1, 2.0 * (clip.scale == "minor") - 1]
-    weights = [1.0] * len(sounds.KINDS) + [float(clip.kind == "sweep"), float(clip.kind == "arpeggio")]
+def attributes(clip: sounds.Clip) -> list[float]:
+    """SIZE numbers between about -2 and 2; zero where the caption says nothing of the kind."""
+    tempo, tone = clip.bpm > 0, clip.note > 0
+    values = [float(clip.kind == name) for name in sounds.KINDS]
+    values += [(2.0 * clip.rising - 1) * (clip.kind == "sweep")]
+    values += [(2.0 * (clip.scale == "minor") - 1) * (clip.kind == "arpeggio")]
     u = math.log2(max(clip.bpm, 20) / 54) / math.log2(190 / 54)
-    targets += [2 * u - 1, *_waves(u, _TEMPO_WAVES)]
-    weights += [float(clip.bpm > 0)] * (1 + 2 * len(_TEMPO_WAVES))
-    targets += [(clip.pitch - 60) / 24, clip.note // 12 - 5, *_waves(clip.pitch / 12, _CLASS_WAVES)]
-    weights += [float(clip.note > 0)] * (2 + 2 * len(_CLASS_WAVES))
-    return targets, weights
+    values += [tempo * x for x in (2 * u - 1, *_waves(u, _TEMPO_WAVES))]
+    return values + [
+        tone * x for x in ((clip.pitch - 60) / 24, clip.note // 12 - 5, *_waves(clip.pitch / 12, _CLASS_WAVES))
+    ]

@@ -26,7 +26,7 @@ TONES = {"sine": "sine tone", "square": "square lead", "saw": "saw bass", "pluck
 SUSTAINED = ("sine", "square", "saw", "sweep")
 KINDS = (*DRUMS, *TONES, "arpeggio", "sweep")
 
-# measured on, so never in the training set: no clip has such a tempo, no tone is less than 25 cents from such a note
+# measured on, so never in the training set: no clip has such a tempo, no tone is less than 5 cents from such a note
 HELD_OUT_TEMPOS = (
     63, 68, 74, 77, 82, 85, 89, 91, 96, 99, 104, 107, 113, 116, 122, 125, 131, 138, 140, 147, 152, 159, 165, 171, 176
 )  # fmt: skip
@@ -90,10 +90,10 @@ def caption(clip: Clip, rng: random.Random) -> str:
 def draw(rng: random.Random, captioned: bool) -> Clip:
     """A training clip. A held-out tempo or note is never drawn.
 
-    captioned: only what a caption can name (whole tempos; notes, half of them detuned by whole cents); otherwise pitch
+    captioned: only what a caption can name (whole tempos; notes, most of them detuned by whole cents); otherwise pitch
     and tempo are continuous, which the autoencoder needs and the text does not.
     """
-    kind = rng.choice((*DRUMS, "hat", "house", *TONES, "arpeggio", "arpeggio", "sweep"))
+    kind = rng.choice((*DRUMS, "hat", "house", *TONES, *TONES, "arpeggio", "arpeggio", "sweep"))
     seconds = MAX_SECONDS if rng.random() < 0.06 else rng.uniform(0.5, MAX_SECONDS)
     bpm, note, cents = 0.0, 0, 0.0
     if kind in DRUMS or kind == "arpeggio":
@@ -118,14 +118,14 @@ def draw_tempo(rng: random.Random, low: int, high: int) -> float:
 
 
 def draw_detuned(rng: random.Random, low: int, high: int) -> tuple[int, float]:
-    """A MIDI number, and for half of them a detuning of up to 75 cents."""
-    return rng.randint(low, high), float(rng.choice((0, rng.randint(-75, 75))))
+    """A MIDI number, and for two in three a detuning of up to 75 cents."""
+    return rng.randint(low, high), float(rng.randint(-75, 75)) if rng.random() < 2 / 3 else 0.0
 
 
 def draw_note(rng: random.Random, low: int, high: int) -> tuple[int, float]:
-    """Likewise, but nothing less than 25 cents away from a held-out note: that one is only named out of tune."""
+    """Likewise, but nothing less than 5 cents away from a held-out note: that one is only named out of tune."""
     held_out = [midi(name) for name in HELD_OUT_NOTES]
     while True:
         note, cents = draw_detuned(rng, low, high)
-        if all(abs(note + cents / 100 - other) >= 0.25 for other in held_out):
+        if all(abs(note + cents / 100 - other) >= 0.0499 for other in held_out):
             return note, cents

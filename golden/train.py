@@ -14,6 +14,8 @@ from typing import Any
 from golden.demo_config import demo_config
 from mlx_audio_native.errors import InputError
 
+_AUTOENCODER = "pretransform.model."
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the model folder to write")
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--start",
         type=Path,
         metavar="DIR",
-        help="a model folder whose autoencoder to go on from, or with 0 minutes to keep",
+        help="a model folder of these sizes to go on from; with 0 minutes its autoencoder is kept",
     )
     parser.add_argument("--clips", type=int, default=40_960, help="rendered for the DiT")
     parser.add_argument("--device", default="cuda")
@@ -42,30 +44,25 @@ def run(args: argparse.Namespace) -> int:
     stages.mkdir(parents=True, exist_ok=True)
     spiece, autoencoder = stages / "spiece.model", stages / "autoencoder.safetensors"
     if not spiece.exists():
-        spiece.write_bytes(train_tokenizer.train())
+        spiece.write_bytes((args.start / "spiece.model").read_bytes() if args.start else train_tokenizer.train())
     config = demo_config(train_tokenizer.pieces(spiece))
+    start = load_file(args.start / "model.safetensors") if args.start else {}
+    rest = {name: tensor.float() for name, tensor in start.items()}
+    coder = {name.removeprefix(_AUTOENCODER): rest.pop(name) for name in start if name.startswith(_AUTOENCODER)}
     if not autoencoder.exists():
-        tensors = _autoencoder_of(args.start) if args.start else None
-        if tensors is None or args.autoencoder_minutes > 0:
+        if not coder or args.autoencoder_minutes > 0:
             seconds = 60 * args.autoencoder_minutes
-            trained = train_autoencoder.train(config, seconds, device, clips=6144, batch=16, frames=32, start=tensors)
+            trained = train_autoencoder.train(
+                config, seconds, device, clips=6144, batch=16, frames=32, start=coder or None
+            )
             print(json.dumps(train_autoencoder.quality(trained, device)), flush=True)
-            tensors = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
-        save_file(tensors, autoencoder)
+            coder = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
+        save_file(coder, autoencoder)
     model = train_diffusion.train(
-        config, load_file(autoencoder), spiece, 60 * args.diffusion_minutes, device, clips=args.clips
+        config, load_file(autoencoder), spiece, 60 * args.diffusion_minutes, device, args.clips, rest or None
     )
     write(args.output, config, model, spiece)
     return 0
-
-
-def _autoencoder_of(folder: Path) -> dict[str, Any]:
-    """The autoencoder's tensors of a model folder, float32, under the reference's names within it."""
-    from safetensors.torch import load_file
-
-    prefix = "pretransform.model."
-    tensors = load_file(folder / "model.safetensors")
-    return {name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def write(folder: Path, config: dict[str, Any], model: Any, spiece: Path) -> None:
