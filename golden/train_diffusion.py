@@ -24,8 +24,8 @@ CAPTIONS = 4  # wordings per clip
 TOKENS = 40  # real tokens a caption may have; the rest of max_length is zero rows, as at inference
 DROPOUT = 0.1  # of all cross-attention tokens, so that guidance has a null
 LEARNING_RATE = 1e-3
-# with so much of it, and T5's smaller share of the learning rate, the text stays what its lesson made it beside the DiT:
-# the diffusion loss alone teaches it notes by heart
+# so much, and a smaller rate for T5 than for the DiT, that the text stays what its lesson made it: the diffusion loss
+# alone teaches it notes by heart
 ATTRIBUTES_WEIGHT = 5.0
 TEXT_RATE = 0.1
 TEXT_CAPTIONS = 100_000
