@@ -101,7 +101,7 @@ def _fewer_heads(vocabulary: int) -> dict[str, Any]:
     )
 
 
-def _full_size(vocabulary: int) -> dict[str, Any]:
+def full_size_config(vocabulary: int) -> dict[str, Any]:
     """stable-audio-open-small's sizes; the vocabulary is T5's, of which the small tokenizer uses the first pieces."""
     heads = {"d_model": 768, "d_kv": 64, "num_heads": 12, "num_layers": 12, "d_ff": 3072, "dropout_rate": 0.0}
     dit = {"io_channels": 64, "embed_dim": 1024, "depth": 16, "num_heads": 8, "cond_token_dim": 768}
@@ -122,7 +122,7 @@ FIXTURES = {"equal_heads": _equal_heads, "fewer_heads": _fewer_heads}  # small e
 FULL = "full_size"
 
 
-def _train_tokenizer() -> tuple[bytes, int]:
+def small_tokenizer() -> tuple[bytes, int]:
     """A spiece.model of a few kilobytes, with T5's special ids, and how many pieces it has."""
     import sentencepiece
 
@@ -144,8 +144,8 @@ def _train_tokenizer() -> tuple[bytes, int]:
 
 def write(folder: Path, name: str) -> None:
     """The fixture's model folder, in float16 and with weight norm as g and v; an existing one is replaced."""
-    spiece, vocabulary = _train_tokenizer()
-    config = {**FIXTURES, FULL: _full_size}[name](vocabulary)
+    spiece, vocabulary = small_tokenizer()
+    config = {**FIXTURES, FULL: full_size_config}[name](vocabulary)
     model = reference.randomise(reference.build(config, seed=len(name)), seed=1, scale=0.2)
     _sharpen(model)
     if name == "equal_heads":
