@@ -49,7 +49,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, metavar="PATH", help="a .wav file or a folder (default: a new file named by the prompt)")
     add("--overwrite", action="store_true", help="replace what --output names")
     add("--from", dest="source", type=Path, metavar="FILE.wav", help="make a file's clip again; other options override")
-    add("--model", metavar="DIR", help="a model folder (default: the embedded model)")
+    add("--model", metavar="DIR|ID", help="a model folder, or a hub id (default: the embedded model)")
 
 
 def generate(args: argparse.Namespace) -> None:

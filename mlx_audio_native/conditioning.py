@@ -26,6 +26,7 @@ class PromptConfig:
     max_length: int
     encode_length: int
     project_out: bool
+    t5_model_name: str
     t5_config: T5Config
 
     @classmethod
@@ -43,7 +44,7 @@ class PromptConfig:
             t5_config = T5Config.named(name)
         project_out = section.take("project_out", bool, False) or t5_config.d_model != cond_dim
         section.without_effect("enable_grad")
-        return cls(id_, max_length, encode_length, project_out, t5_config)
+        return cls(id_, max_length, encode_length, project_out, name, t5_config)
 
 
 @dataclass(frozen=True)

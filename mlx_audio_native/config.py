@@ -124,14 +124,14 @@ def _same(name: str, value: int, other: str, expected: int) -> None:
     check(value == expected, f"sizes do not fit: {name} is {value}, {other} {expected}")
 
 
-def read_config(folder: Path | str, parts: Sequence[str] = PARTS) -> ModelConfig:
-    """The config of a model folder. Raises ConfigError."""
+def read_config(folder: Path | str, parts: Sequence[str] = PARTS, text_encoder: Path | None = None) -> ModelConfig:
+    """The config of a model folder; its T5 may lie elsewhere, in `text_encoder`. Raises ConfigError."""
     folder = Path(folder)
-    beside = folder / TEXT_ENCODER / "config.json"
-    text_encoder = read_json(beside) if "conditioner" in parts and beside.is_file() else None
+    beside = (text_encoder or folder / TEXT_ENCODER) / "config.json"
+    t5_config = read_json(beside) if "conditioner" in parts and beside.is_file() else None
     values = read_config_json(folder)
     try:
-        return ModelConfig.from_dict(values, parts, text_encoder)
+        return ModelConfig.from_dict(values, parts, t5_config)
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
 

@@ -27,5 +27,9 @@ class AudioFileError(MlxAudioError):
     """A WAV that cannot be written, or that carries no usable recipe."""
 
 
+class HubError(MlxAudioError):
+    """A model that could not be had from the hub."""
+
+
 class BackendError(MlxAudioError):
     """MLX cannot start on this machine."""

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from . import __version__
+from . import __version__, hub
 from .audio import Audio, Recipe
 from .config import PARTS
 from .dit import Prepared
@@ -32,8 +32,14 @@ log = logging.getLogger(__name__)
 class Model:
     """A loaded model: `config`, and `tokenizer`, `conditioner`, `dit` and `autoencoder`, None where not asked for."""
 
-    def __init__(self, folder: Path, parts: Sequence[str] = PARTS, dtype: str | None = None) -> None:
-        loaded = load_parts(folder, parts, dtype)
+    def __init__(
+        self,
+        folder: Path,
+        parts: Sequence[str] = PARTS,
+        dtype: str | None = None,
+        text_encoder: Path | None = None,
+    ) -> None:
+        loaded = load_parts(folder, parts, dtype, text_encoder)
         self.folder = folder
         self.config = loaded.config
         self.tokenizer = loaded.tokenizer
@@ -160,19 +166,21 @@ class Model:
             steps=request.steps,
             sampler=request.sampler,
             cfg_scale=request.cfg_scale,
-            model=self.folder.resolve().name,
+            model=hub.name(self.folder),
             model_sha256=self.sha256,
             version=__version__,
         )
 
 
 def load(folder: str | Path | None = None, parts: Sequence[str] = PARTS, dtype: str | None = None) -> Model:
-    """Load a model folder, or the embedded demo model; of its parts, only those named.
+    """Load a model folder, a model by its hub id, or the embedded demo model; of its parts, only those named.
 
-    `dtype` is float32, float16 or bfloat16 for every part; None leaves each part its own default. Raises MlxAudioError
-    for a folder that is not exactly what its config says.
+    `dtype` is float32, float16 or bfloat16 for every part; None leaves each part its own default. A string that names
+    nothing here and reads `OWNER/NAME` or `OWNER/NAME@REVISION` is an id, see `hub.resolve`. Raises MlxAudioError for
+    a folder that is not exactly what its config says.
     """
-    return Model(DEMO if folder is None else Path(folder), parts, dtype)
+    folder = DEMO if folder is None else hub.resolve(folder)
+    return Model(folder, parts, dtype, hub.text_encoder(folder) if "conditioner" in parts else None)
 
 
 def generate(prompt: str | Sequence[str], **options: Any) -> Audio | list[Audio]:

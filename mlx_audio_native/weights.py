@@ -48,8 +48,13 @@ class Parts:
     autoencoder: Autoencoder | None
 
 
-def load_parts(folder: Path | str, parts: Sequence[str] = PARTS, dtype: str | None = None) -> Parts:
-    """Load a model folder.
+def load_parts(
+    folder: Path | str,
+    parts: Sequence[str] = PARTS,
+    dtype: str | None = None,
+    text_encoder: Path | None = None,
+) -> Parts:
+    """Load a model folder, whose T5 may lie elsewhere, in `text_encoder`.
 
     `dtype` float32, float16 or bfloat16 is that of the DiT and the autoencoder; None means float16 on a GPU and float32
     on the CPU, where half precision is slow. The conditioner is always float32.
@@ -59,20 +64,21 @@ def load_parts(folder: Path | str, parts: Sequence[str] = PARTS, dtype: str | No
         raise ConfigError(f"unknown dtype {dtype!r}, expected {', '.join(_DTYPES)}{nearest(dtype, list(_DTYPES))}")
     on_cpu = mx.default_device() == mx.cpu
     folder = Path(folder)
-    config, modules, stored = _open(folder, parts)
+    text_encoder = text_encoder or folder / TEXT_ENCODER
+    config, modules, stored = _open(folder, parts, text_encoder)
     for part, module in modules.items():
         default = mx.float32 if on_cpu or part == "conditioner" else mx.float16
         wanted = _DTYPES[dtype] if dtype and part != "conditioner" else default
         module.load_weights([(entry.target, _read(entry, stored, wanted)) for entry in entries(module)], strict=True)
         if on_cpu:
             module.apply_to_modules(_suit_plain_blas)
-    tokenizer = _read_tokenizer(folder, config) if config.conditioning else None
+    tokenizer = _read_tokenizer((folder, text_encoder), config) if config.conditioning else None
     return Parts(config, tokenizer, *(modules.get(part) for part in PARTS))
 
 
 def read_tensors(folder: Path | str, parts: Sequence[str] = PARTS) -> dict[str, mx.array]:
     """A folder's tensors under their names in a model folder, weight norm fused; checked as `load_parts` does."""
-    _, modules, stored = _open(Path(folder), parts)
+    _, modules, stored = _open(Path(folder), parts, Path(folder) / TEXT_ENCODER)
     return {entry.source: _read_stored(entry, stored) for module in modules.values() for entry in entries(module)}
 
 
@@ -118,16 +124,18 @@ def save(
         raise WeightsError(f"cannot write {folder}: {error}") from None
 
 
-def _open(folder: Path, parts: Sequence[str]) -> tuple[ModelConfig, dict[str, nn.Module], dict[str, Stored]]:
+def _open(
+    folder: Path, parts: Sequence[str], text_encoder: Path
+) -> tuple[ModelConfig, dict[str, nn.Module], dict[str, Stored]]:
     """Config, unfilled modules and stored tensors of the parts. Names and shapes are checked, nothing big is read."""
     main = folder / "model.safetensors"
     _refuse_pickles(folder, main)
-    config = read_config(folder, parts)
+    config = read_config(folder, parts, text_encoder)
     stored = open_tensors(main)
     t5_file = main
     t5 = t5_prefix(config.prompt.id) if config.conditioning else None
     if t5 and not any(name.startswith(t5) for name in stored):
-        t5_file = folder / TEXT_ENCODER / "model.safetensors"
+        t5_file = text_encoder / "model.safetensors"
         stored |= {t5 + name: tensor for name, tensor in _open_text_encoder(t5_file).items()}
     others = tuple(prefix for part, prefix in PREFIXES.items() if part not in parts)
     stored = {name: tensor for name, tensor in stored.items() if not name.startswith(others)}
@@ -234,8 +242,8 @@ def _require_finite(array: mx.array, entry: Entry, tensor: Stored) -> None:
         raise WeightsError(f"tensor {entry.source!r} in {tensor.file} has values that are not finite in {dtype}")
 
 
-def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
-    for path in (folder / "spiece.model", folder / TEXT_ENCODER / "spiece.model"):
+def _read_tokenizer(folders: Sequence[Path], config: ModelConfig) -> Tokenizer | None:
+    for path in (folder / "spiece.model" for folder in folders):
         if path.is_file():
             tokenizer = Tokenizer(path, config.prompt.encode_length)
             if len(tokenizer) > config.prompt.t5_config.vocab_size:
