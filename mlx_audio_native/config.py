@@ -81,8 +81,10 @@ class ModelConfig:
         if self.dit and self.conditioning:
             width, ids = self.conditioning.cond_dim, self.global_ids
             _same("conditioning.cond_dim", width, "the DiT's cond_token_dim", self.dit.cond_token_dim)
-            together = f"cond_dim times the {len(ids)} of global_cond_ids"
-            _same(together, width * len(ids), "the DiT's global_cond_dim", self.dit.global_cond_dim)
+            # an export may have lost its global conditioning: what the conditioner still makes is not heard then
+            if self.dit.global_cond_dim:
+                together = f"cond_dim times the {len(ids)} of global_cond_ids"
+                _same(together, width * len(ids), "the DiT's global_cond_dim", self.dit.global_cond_dim)
 
     @property
     def objective(self) -> str:

@@ -41,7 +41,10 @@ _FIXED_FF = {"no_bias": False, "glu": True, "use_conv": False}
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """`cond_embed_dim` is the width of the cross-attention tokens after projection; it sets the key/value heads."""
+    """`cond_embed_dim` is the width of the cross-attention tokens after projection; it sets the key/value heads.
+
+    A `global_cond_dim` of 0 means that the time alone is the global token.
+    """
 
     io_channels: int
     embed_dim: int
@@ -73,7 +76,7 @@ class DiTConfig:
             for key, value in fixed.items():
                 inner.one_of(key, (value,), value)
         embed_dim, num_heads = section.size("embed_dim", 768), section.size("num_heads", 8)
-        cond_token_dim, global_cond_dim = section.size("cond_token_dim"), section.size("global_cond_dim")
+        cond_token_dim, global_cond_dim = section.size("cond_token_dim"), section.size("global_cond_dim", least=0)
         projected = section.take("project_cond_tokens", bool, True)
         if not section.take("project_global_cond", bool, True):
             where = f"{section.where}: an unprojected global_cond_dim"
@@ -243,7 +246,8 @@ class DiT(nn.Module):
         self.timestep_frequencies = mx.zeros((_TIMESTEP_FEATURES // 2,))
         self.to_timestep_embed = Embedder(_TIMESTEP_FEATURES, config.embed_dim, bias=True)
         self.to_cond_embed = Embedder(config.cond_token_dim, config.cond_embed_dim, bias=False)
-        self.to_global_embed = Embedder(config.global_cond_dim, config.embed_dim, bias=False)
+        if config.global_cond_dim:
+            self.to_global_embed = Embedder(config.global_cond_dim, config.embed_dim, bias=False)
         self.preprocess = nn.Linear(config.io_channels, config.io_channels, bias=False)
         self.project_in = nn.Linear(config.io_channels, config.embed_dim, bias=False)
         self.blocks = [Block(config) for _ in range(config.depth)]
@@ -262,6 +266,8 @@ class DiT(nn.Module):
         dtype = self.project_in.weight.dtype
         context = self.to_cond_embed(cross_attention.astype(dtype))
         keys_values = [block.cross_attention.keys_values(context) for block in self.blocks]
+        if not self.config.global_cond_dim:
+            return Prepared(keys_values, mx.zeros((len(context), self.config.embed_dim), dtype))
         return Prepared(keys_values, self.to_global_embed(global_cond.astype(dtype)))
 
     def velocity(self, latents: mx.array, t: mx.array, prepared: Prepared) -> mx.array:

@@ -59,9 +59,12 @@ class OobleckConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """`vae` means that the encoder emits means and scales; `scale` is what decoding multiplies latents by."""
+    """`vae` means that the encoder emits means and scales; `scale` is what decoding multiplies latents by.
 
-    encoder: OobleckConfig
+    `encoder` is None where there is none: a TFLite export may hold the decoder alone.
+    """
+
+    encoder: OobleckConfig | None
     decoder: OobleckConfig
     vae: bool
     scale: float
@@ -83,20 +86,25 @@ class AutoencoderConfig:
         bottleneck.one_of("config", ({},), {})
         bottleneck.without_effect("requires_grad")
         bottleneck.done()
-        encoder, decoder = section.section("encoder"), section.section("decoder")
+        encoder, decoder = section.take("encoder", dict, None), section.section("decoder")
+        if encoder is not None:
+            encoder = OobleckConfig.read(Section(encoder, f"{section.where}.encoder"), "in_channels")
         soft_clip = decoder.take("soft_clip", bool, False)
-        coders = OobleckConfig.read(encoder, "in_channels"), OobleckConfig.read(decoder, "out_channels")
-        config = cls(*coders, vae, scale, soft_clip)
+        config = cls(encoder, OobleckConfig.read(decoder, "out_channels"), vae, scale, soft_clip)
         audio_channels, latent_dim = section.size("io_channels"), section.size("latent_dim")
-        encoded = 2 * latent_dim if vae else latent_dim
-        for name, value, expected in (
-            ("downsampling_ratio", section.size("downsampling_ratio"), config.downsampling_ratio),
-            ("encoder strides multiply to a ratio that", prod(config.encoder.strides), config.downsampling_ratio),
-            ("in_channels", section.size("in_channels", audio_channels), config.encoder.audio_channels),
+        in_channels = section.size("in_channels", audio_channels)
+        sizes = [("downsampling_ratio", section.size("downsampling_ratio"), config.downsampling_ratio)]
+        if encoder is not None:
+            sizes += [
+                ("encoder strides multiply to a ratio that", prod(encoder.strides), config.downsampling_ratio),
+                ("in_channels", in_channels, encoder.audio_channels),
+                ("encoder latent_dim", encoder.latent_dim, 2 * latent_dim if vae else latent_dim),
+            ]
+        sizes += [
             ("out_channels", section.size("out_channels", audio_channels), config.decoder.audio_channels),
-            ("encoder latent_dim", config.encoder.latent_dim, encoded),
             ("decoder latent_dim", config.decoder.latent_dim, latent_dim),
-        ):
+        ]
+        for name, value, expected in sizes:
             check(value == expected, f"sizes do not fit: {section.where}: {name} is {value}, expected {expected}")
         section.one_of("pretransform", (None,), None)
         section.done()
@@ -205,7 +213,8 @@ class Autoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config.encoder)
+        if config.encoder:
+            self.encoder = Encoder(config.encoder)
         self.decoder = Decoder(config.decoder)
 
     @property
@@ -225,6 +234,8 @@ class Autoencoder(nn.Module):
 
         Frames beyond a whole number of latent frames are not heard in full: pad them. Raises InputError.
         """
+        if self.config.encoder is None:
+            raise InputError("this model has no encoder, so it cannot turn audio into latents")
         channels, ratio = self.config.encoder.audio_channels, self.config.downsampling_ratio
         if audio.ndim != 3 or audio.shape[-1] != channels or audio.shape[1] < ratio or not len(audio):
             raise InputError(f"audio must be (batch, at least {ratio} frames, {channels}), found {audio.shape}")

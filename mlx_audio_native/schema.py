@@ -60,11 +60,11 @@ class Section:
             raise ConfigError(f"{self.where}.{key} must be {_KINDS[kind]}, found {value!r:.60}")
         return float(value) if kind is float else value
 
-    def size(self, key: str, default: Any = REQUIRED, most: int = _LARGEST) -> int:
-        """A whole number from 1 to `most`."""
+    def size(self, key: str, default: Any = REQUIRED, most: int = _LARGEST, least: int = 1) -> int:
+        """A whole number from `least` to `most`."""
         value = self.take(key, int, default)
-        if not 1 <= value <= most:
-            raise ConfigError(f"{self.where}.{key} must be from 1 to {most}, found {value}")
+        if not least <= value <= most:
+            raise ConfigError(f"{self.where}.{key} must be from {least} to {most}, found {value}")
         return value
 
     def many(self, key: str, kind: type, default: Any = REQUIRED) -> tuple[Any, ...]:

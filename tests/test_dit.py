@@ -66,7 +66,8 @@ def define_velocity(tensors: Tensors, config: DiTConfig, x: np.ndarray, t: float
     context = embed(tokens, tensors, "to_cond_embed")
     x = x + x @ tensors["preprocess_conv.weight"][:, :, 0].T
     x = x @ tensors["transformer.project_in.weight"].T
-    x = np.concatenate([(embed(glob, tensors, "to_global_embed") + time)[None], x])
+    token = embed(glob, tensors, "to_global_embed") + time if config.global_cond_dim else time
+    x = np.concatenate([token[None], x])
     for layer in range(config.depth):
         name = f"transformer.layers.{layer}."
         own = {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
@@ -88,6 +89,7 @@ FEWER_HEADS = {"project_cond_tokens": False, "embed_dim": 128, "num_heads": 4}
 VARIANTS = {
     "equal heads": {},
     "q/k norm": QK_NORM,
+    "no global conditioning": {"global_cond_dim": 0},
     "fewer key/value heads": FEWER_HEADS,
     "fewer, with norm": {**FEWER_HEADS, **QK_NORM},
     "heads of 96": {"embed_dim": 192, "ff_kwargs": {"mult": 1.5}, "norm_kwargs": {"eps": 0.01}},

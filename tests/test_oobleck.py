@@ -1,5 +1,6 @@
 """The autoencoder: each convolution against its definition, both directions against theirs in float64."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_audio_native.config import read_config_json
 from mlx_audio_native.convolution import Conv, Downsample, Upsample, upsampling_taps
-from mlx_audio_native.errors import InputError
+from mlx_audio_native.errors import InputError, WeightsError
 from mlx_audio_native.oobleck import Autoencoder, OobleckConfig
 from mlx_audio_native.weights import load_parts, read_tensors, save
 
@@ -244,3 +245,17 @@ def test_refusals(model):
     for shape in ((ratio, 2), (1, ratio, 1), (1, ratio - 1, 2), (0, ratio, 2)):
         with pytest.raises(InputError, match="audio must be"):
             autoencoder.encode(mx.zeros(shape))
+
+
+def test_a_decoder_alone_decodes_the_same_and_cannot_encode(small_folder: Path, tmp_path: Path):
+    values = json.loads((small_folder / "config.json").read_text())
+    del values["model"]["pretransform"]["config"]["encoder"]
+    tensors = read_tensors(small_folder, ["autoencoder"])
+    save(tmp_path / "alone", values, {name: array for name, array in tensors.items() if ".encoder." not in name})
+    alone, whole = (load_parts(folder, ["autoencoder"]).autoencoder for folder in (tmp_path / "alone", small_folder))
+    latents = mx.array(normal(0, (1, 6, 8))[0])
+    assert mx.array_equal(alone.decode(latents), whole.decode(latents))
+    with pytest.raises(InputError, match="has no encoder"):
+        alone.encode(mx.zeros((1, 64, 2)))
+    with pytest.raises(WeightsError, match="has no place"):
+        save(tmp_path / "other", values, tensors)
