@@ -1,8 +1,9 @@
-"""Two small reference models of random weights, whose shapes and values hide no error; written as model folders.
+"""Small reference models of random weights, whose shapes and values hide no error; written as model folders.
 
 `equal_heads`: as many key/value heads as query heads, q/k LayerNorm over values of variance 1e-6, rotary on part of
 each head, relu, 64 tokens. `fewer_heads`: half as many key/value heads, two numbers, gated GELU with a projection, 128
-tokens cropped to 64, guidance by default. In both, weights that start at zero or one have moved.
+tokens cropped to 64, guidance by default. `v_objective`: stable-audio-open-1.0 on a small scale, so half as many
+key/value heads, two numbers, relu, 128 tokens, the objective v. In all, weights that start at zero or one have moved.
 """
 
 from __future__ import annotations
@@ -101,6 +102,20 @@ def _fewer_heads(vocabulary: int) -> dict[str, Any]:
     )
 
 
+def _v_objective(vocabulary: int) -> dict[str, Any]:
+    dit = {"io_channels": 8, "embed_dim": 128, "depth": 2, "num_heads": 4, "cond_token_dim": 64, "global_cond_dim": 128}
+    return _config(
+        {"channels": 4, "c_mults": [1, 2], "strides": [4, 8], "use_snake": True},
+        {"max_length": 128, "t5_config": _t5(vocabulary, 64, "relu")},
+        ["seconds_start", "seconds_total"],
+        512,
+        {
+            "diffusion_objective": "v",
+            "config": {**dit, "project_cond_tokens": False, "ff_kwargs": {"mult": 0.5}},
+        },
+    )
+
+
 def full_size_config(vocabulary: int) -> dict[str, Any]:
     """stable-audio-open-small's sizes; the vocabulary is T5's, of which the small tokenizer uses the first pieces."""
     heads = {"d_model": 768, "d_kv": 64, "num_heads": 12, "num_layers": 12, "d_ff": 3072, "dropout_rate": 0.0}
@@ -118,7 +133,8 @@ def full_size_config(vocabulary: int) -> dict[str, Any]:
     return {**config, "sample_size": 524288, "sample_rate": 44100}
 
 
-FIXTURES = {"equal_heads": _equal_heads, "fewer_heads": _fewer_heads}  # small enough to be stored
+# small enough to be stored
+FIXTURES = {"equal_heads": _equal_heads, "fewer_heads": _fewer_heads, "v_objective": _v_objective}
 FULL = "full_size"
 
 

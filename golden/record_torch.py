@@ -31,6 +31,8 @@ from .recording import BOUNDS, GoldenError, Recording, Request, Run, sha256
 FRAMES = 8  # latent frames of what is sampled; the window is longer, and heard once
 _TOOLS = ("stable-audio-tools", "torch", "transformers", "sentencepiece", "k-diffusion", "numpy")
 _SCHEDULE = "stable-audio-tools 0.0.19: even in log-SNR from -6 to 2, first time 1, last 0; linear for rk4"
+_SIGMAS = {"sigma_min": 0.3, "sigma_max": 500, "rho": 1.0}
+_V_SCHEDULE = f"k-diffusion 0.1.1: polyexponential, {_SIGMAS}, then 0; linear in t for v-ddim"
 _REFERENCE_FORMULA = {"features": ["x", "sin", "cos"], "angle_constants": [2.0, 3.1415927410125732]}
 _LONG = "kick drum loop, rising tone, saw bass, plucked string, square lead, " * 20
 _RUNS = (
@@ -42,6 +44,16 @@ _RUNS = (
     Run("euler_negative", "euler", 3, cfg_scale=3.0, negative=True),
     Run("dpmpp_negative", "dpmpp", 3, cfg_scale=2.0, negative=True),
     Run("rk4_null", "rk4", 2, cfg_scale=2.0),
+)
+_V_RUNS = (
+    Run("dpmpp-3m-sde", "dpmpp-3m-sde", 20),
+    Run("dpmpp-2m", "dpmpp-2m", 20),
+    Run("v-ddim", "v-ddim", 20),
+    Run("dpmpp-3m-sde_null", "dpmpp-3m-sde", 20, cfg_scale=7.0),
+    Run("dpmpp-3m-sde_negative", "dpmpp-3m-sde", 3, cfg_scale=7.0, negative=True),
+    Run("dpmpp-2m_negative", "dpmpp-2m", 20, cfg_scale=7.0, negative=True),
+    Run("v-ddim_null", "v-ddim", 20, cfg_scale=7.0),
+    Run("default", "dpmpp-3m-sde", 100, cfg_scale=7.0),
 )
 
 
@@ -60,7 +72,7 @@ def request_for(config: dict[str, Any], model: nn.Module) -> Request:
         seconds=(1.5, 4.0),
         negative_prompt="snare drum",
         times=(1.0, 0.9525741, 0.5, 0.02),
-        runs=_RUNS,
+        runs=_V_RUNS if config["model"]["diffusion"]["diffusion_objective"] == "v" else _RUNS,
     )
 
 
@@ -211,38 +223,42 @@ class Recorder:
             "model": self.folder.resolve().name,
             "sha256": sha256(self.folder / "model.safetensors"),
             "config_sha256": sha256(self.folder / "config.json"),
-            "schedule": _SCHEDULE,
+            "schedule": _V_SCHEDULE if self.request.runs is _V_RUNS else _SCHEDULE,
             "versions": ", ".join(f"{name} {version(name)}" for name in _TOOLS),
         }
 
 
 def _states(model: nn.Module, run: Run, noise: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Latents after each step of the reference's own sampler, started from the first noise, drawing the others."""
-    from stable_audio_tools.inference.sampling import sample_rf
+    from stable_audio_tools.inference.sampling import sample_k, sample_rf
 
     seen: list[torch.Tensor] = []
+    over_sigmas = model.diffusion_objective == "v"
+    options = _SIGMAS if over_sigmas else {"dist_shift": None}
     with _draws(noise[1:]), redirect_stderr(io.StringIO()):  # progress bars that cannot be turned off
-        last = sample_rf(
+        last = (sample_k if over_sigmas else sample_rf)(
             model.model,
             noise[0],
             steps=run.steps,
             sampler_type=run.sampler,
             device="cpu",
-            dist_shift=None,
             callback=lambda info: seen.append(info["x"].clone()),
             cfg_scale=run.cfg_scale,
             batch_cfg=True,
             rescale_cfg=True,
+            **options,
             **inputs,
         )
-    # these two show the latents before a step, the others after it
-    return [*seen[1:], last] if run.sampler in ("pingpong", "dpmpp") else seen
+    # euler and rk4 show the latents after a step, v-ddim too but for the last; the others before it
+    return [*seen[:-1], last] if run.sampler in ("euler", "rk4", "v-ddim") else [*seen[1:], last]
 
 
 @contextmanager
 def _draws(noise: torch.Tensor) -> Iterator[None]:
-    """Inside, torch.randn_like hands these out."""
-    rest, real = iter(noise), torch.randn_like
+    """Inside, torch.randn_like and k-diffusion's Brownian trees hand these out."""
+    from k_diffusion import sampling
+
+    rest, real, tree = iter(noise), torch.randn_like, sampling.BrownianTreeNoiseSampler
 
     def draw(like: torch.Tensor) -> torch.Tensor:
         drawn = next(rest)
@@ -251,7 +267,8 @@ def _draws(noise: torch.Tensor) -> Iterator[None]:
         return drawn
 
     torch.randn_like = draw
+    sampling.BrownianTreeNoiseSampler = lambda x, sigma_min, sigma_max: lambda sigma, sigma_next: draw(x)
     try:
         yield
     finally:
-        torch.randn_like = real
+        torch.randn_like, sampling.BrownianTreeNoiseSampler = real, tree

@@ -22,7 +22,7 @@ from .config import PARTS
 from .dit import Prepared
 from .errors import InputError, MlxAudioError
 from .request import Clip, Request, check_request
-from .sampling import State, Velocity, clip_noise, guided, sample
+from .sampling import State, Velocity, clip_noise, guided, sample_noise
 from .weights import load_parts
 
 DEMO = Path(__file__).parent / "demo"
@@ -149,7 +149,7 @@ class Model:
     def _denoise(self, request: Request, velocity: Velocity) -> Iterator[State]:
         shape = self.config.latent_length, self.config.latent_channels
         noise = clip_noise([clip.seed for clip in request.clips], shape)
-        return sample(velocity, next(noise), noise, request.sampler, request.steps)
+        return sample_noise(velocity, noise, request.sampler, request.steps)
 
     def _decode(self, latents: mx.array, frames: int) -> mx.array:
         """float32 samples (B, at least frames, channels), from no more latents than have a part in them."""

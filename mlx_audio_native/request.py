@@ -12,7 +12,7 @@ from typing import Any
 
 from .config import ModelConfig
 from .errors import InputError
-from .sampling import find_defaults, find_sampler
+from .sampling import DEFAULTS, find_sampler
 
 DEFAULT_SECONDS = 4.0
 MAX_STEPS = 10_000
@@ -50,9 +50,9 @@ def check_request(
     sampler: str | None = None,
 ) -> Request:
     """Arguments as in `Model.generate`. Raises InputError, which names the argument and its limit."""
-    defaults = find_defaults(config.objective)
+    defaults = DEFAULTS[config.objective]
     sampler = defaults.sampler if sampler is None else sampler
-    find_sampler(sampler)
+    find_sampler(sampler, config.objective)
     if sampler == "rk4" and config.dit.shifts_distribution:
         raise InputError("rk4 cannot sample this model: its config shifts rk4's times (distribution_shift_options)")
     steps = defaults.steps if steps is None else _whole("steps", steps, 1, MAX_STEPS)

@@ -1,7 +1,10 @@
-"""Schedules and samplers for rectified-flow models, as pure functions of a velocity, latents, a schedule and noise.
+"""Schedules and samplers, as pure functions of a velocity, latents, a schedule and noise.
 
-Time runs from 1 (noise) down to 0 (clean). A velocity v predicts noise - clean, so x - t·v(x, t) is the clean latents
-as seen from time t. Formulas: stable-audio-tools 0.0.19, inference/sampling.py and models/dit.py.
+Time t runs from 1 (noise) down to 0 (clean). In a rectified flow x is (1-t)·clean + t·noise, and the velocity predicts
+noise - clean. Under the objective v, x is cos·clean + sin·noise of the angle t·π/2, and the velocity predicts
+cos·noise - sin·clean; samplers named after k-diffusion hold x/cos instead, clean + σ·noise with σ the tangent.
+Formulas: stable-audio-tools 0.0.19, inference/sampling.py and models/dit.py; k-diffusion 0.1.1, sampling.py and
+external.py.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ Velocity = Callable[[mx.array, float], mx.array]
 
 # Just above sigmoid(-2) = 0.11920, below which the reference's log-SNR line runs upwards, to fail at 0.
 LINEAR_BELOW = 0.1193
+# The range of noise levels that stable-audio-open-1.0 is sampled over.
+SIGMA_MIN, SIGMA_MAX = 0.3, 500.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,17 @@ def log_snr_schedule(steps: int, sigma_max: float = 1.0) -> list[float]:
 def linear_schedule(steps: int, sigma_max: float = 1.0) -> list[float]:
     """Times of `steps` steps, evenly spaced from sigma_max down to 0: steps + 1 values. At sigma_max 0: [0.0]."""
     return [sigma_max * ((steps - i) / steps) for i in range(steps + 1)] if sigma_max > 0 else [0.0]
+
+
+def polyexponential_schedule(steps: int, sigma_max: float = SIGMA_MAX) -> list[float]:
+    """Noise levels of `steps` steps, evenly spaced in log σ from sigma_max to SIGMA_MIN, then 0: steps + 1 values.
+
+    k-diffusion's, whose rho is 1, except where it would not fall: up to SIGMA_MIN it is `linear_schedule`.
+    """
+    if sigma_max < 1.001 * SIGMA_MIN:
+        return linear_schedule(steps, sigma_max)
+    fall = math.log(SIGMA_MIN / sigma_max) / max(steps - 1, 1)
+    return [*(sigma_max * math.exp(fall * i) for i in range(steps)), 0.0]
 
 
 def pingpong(
@@ -80,29 +96,101 @@ def rk4(velocity: Velocity, x: mx.array, schedule: Sequence[float], noise: Itera
 
 
 def dpmpp(velocity: Velocity, x: mx.array, schedule: Sequence[float], noise: Iterator[mx.array]) -> Iterator[mx.array]:
-    """DPM-Solver++(2M) on clean estimates extrapolated in log-SNR, one velocity a step; draws no noise.
+    """DPM-Solver++(2M) on a rectified flow's clean estimates, one velocity a step; draws no noise."""
+
+    def log_snr(t: float) -> float:
+        return math.log((1 - t) / t) if t < 1 else -math.inf
+
+    return _second_order(lambda x, t: x - t * velocity(x, t), log_snr, x, schedule)
+
+
+def dpmpp_2m(
+    velocity: Velocity, x: mx.array, schedule: Sequence[float], noise: Iterator[mx.array]
+) -> Iterator[mx.array]:
+    """DPM-Solver++(2M) over noise levels, one velocity a step; draws no noise."""
+    return _second_order(lambda x, sigma: denoise(velocity, x, sigma), lambda sigma: -math.log(sigma), x, schedule)
+
+
+def _second_order(
+    estimate: Callable[[mx.array, float], mx.array],
+    log_snr: Callable[[float], float],
+    x: mx.array,
+    schedule: Sequence[float],
+) -> Iterator[mx.array]:
+    """DPM-Solver++(2M) on clean estimates, extrapolated in what `log_snr` says, to scale, of a level of the schedule.
 
     The reference's (t'/t)·x - (1-t')·expm1(-h)·clean is written (t'/t)·x + (1 - t'/t)·clean: equal, since e^-h is the
-    ratio of the two t/(1-t), and free of infinities at t = 1 and t' = 0.
+    ratio of the two t/(1-t), and free of infinities at t = 1 and t' = 0. So is k-diffusion's, with σ for both.
     """
     previous, previous_log_snr = None, -math.inf
     for t, t_next in pairwise(schedule):
-        clean = x - t * velocity(x, t)
-        log_snr = math.log((1 - t) / t) if t < 1 else -math.inf
+        clean = estimate(x, t)
         target = clean
         if previous is not None and t_next > 0:
-            h = math.log((1 - t_next) / t_next) - log_snr
-            target = clean + h / (2 * (log_snr - previous_log_snr)) * (clean - previous)
+            h, h_last = log_snr(t_next) - log_snr(t), log_snr(t) - previous_log_snr
+            target = clean + h / (2 * h_last) * (clean - previous)
         x = (t_next / t) * x + (1 - t_next / t) * target
-        previous, previous_log_snr = clean, log_snr
+        previous, previous_log_snr = clean, log_snr(t)
         yield x
 
 
+def dpmpp_3m_sde(
+    velocity: Velocity, x: mx.array, schedule: Sequence[float], noise: Iterator[mx.array]
+) -> Iterator[mx.array]:
+    """DPM-Solver++(3M) SDE over noise levels, one velocity and, but for the last, one noise a step.
+
+    k-diffusion's at eta 1. Its noise is a Brownian motion's increments over the noise levels, divided by the root of
+    their lengths: independent standard normals, as drawn here.
+    """
+    clean_1 = clean_2 = h_1 = h_2 = None  # of the last step, and of the one before
+    for sigma, sigma_next in pairwise(schedule):
+        clean = denoise(velocity, x, sigma)
+        if sigma_next == 0:
+            yield clean
+            return
+        h = math.log(sigma / sigma_next)
+        gone = -math.expm1(-2 * h)
+        phi_2 = 1 - gone / (2 * h)
+        x = (1 - gone) * x + gone * clean
+        if clean_2 is not None:
+            slope, slope_1 = (clean - clean_1) * (h / h_1), (clean_1 - clean_2) * (h / h_2)
+            curve = (slope - slope_1) * (h / (h_1 + h_2))
+            phi_3 = phi_2 / (2 * h) - 0.5
+            x = x + phi_2 * (slope + curve * (h_1 / h)) - phi_3 * curve
+        elif clean_1 is not None:
+            x = x + phi_2 * (h / h_1) * (clean - clean_1)
+        x = x + sigma_next * math.sqrt(gone) * next(noise)
+        clean_1, clean_2, h_1, h_2 = clean, clean_1, h, h_1
+        yield x
+
+
+def v_ddim(velocity: Velocity, x: mx.array, schedule: Sequence[float], noise: Iterator[mx.array]) -> Iterator[mx.array]:
+    """DDIM of the objective v, one velocity a step; draws no noise.
+
+    Clean and noise, as seen from t and put together again at t', come to a rotation of x and v by their angle.
+    """
+    for t, t_next in pairwise(schedule):
+        angle = (t - t_next) * math.pi / 2
+        x = math.cos(angle) * x - math.sin(angle) * velocity(x, t)
+        yield x
+
+
+def denoise(velocity: Velocity, x: mx.array, sigma: float) -> mx.array:
+    """Clean estimate of x (B, T, C) at a noise level, by a model of the objective v: k-diffusion's VDenoiser."""
+    length = math.hypot(sigma, 1)
+    return x / length**2 - (sigma / length) * velocity(x / length, 2 * math.atan(sigma) / math.pi)
+
+
+FLOWS = ("rectified_flow", "rf_denoiser")
+
+
 class Sampler(NamedTuple):
-    """A sampler's step function and the schedule the reference gives it."""
+    """A step function, the reference's schedule for it, the objectives it is for, and at which level all is noise."""
 
     run: Callable[[Velocity, mx.array, Sequence[float], Iterator[mx.array]], Iterator[mx.array]]
     schedule: Callable[[int, float], list[float]]
+    objectives: tuple[str, ...] = FLOWS
+    sigma_max: float = 1.0
 
 
 SAMPLERS = {
@@ -110,6 +198,9 @@ SAMPLERS = {
     "euler": Sampler(euler, log_snr_schedule),
     "rk4": Sampler(rk4, linear_schedule),
     "dpmpp": Sampler(dpmpp, log_snr_schedule),
+    "dpmpp-3m-sde": Sampler(dpmpp_3m_sde, polyexponential_schedule, ("v",), SIGMA_MAX),
+    "dpmpp-2m": Sampler(dpmpp_2m, polyexponential_schedule, ("v",), SIGMA_MAX),
+    "v-ddim": Sampler(v_ddim, linear_schedule, ("v",)),
 }
 
 
@@ -122,33 +213,46 @@ class Defaults(NamedTuple):
 
 
 # As the reference's own interface sets them.
-DEFAULTS = {"rf_denoiser": Defaults("pingpong", 8, 1.0), "rectified_flow": Defaults("euler", 50, 7.0)}
+DEFAULTS = {
+    "rf_denoiser": Defaults("pingpong", 8, 1.0),
+    "rectified_flow": Defaults("euler", 50, 7.0),
+    "v": Defaults("dpmpp-3m-sde", 100, 7.0),
+}
 
 
-def find_sampler(name: str) -> Sampler:
-    """The sampler of that name; InputError, naming the known ones, if there is none."""
-    if name not in SAMPLERS:
-        raise InputError(f"unknown sampler {name!r}: the samplers are {', '.join(SAMPLERS)}")
-    return SAMPLERS[name]
-
-
-def find_defaults(objective: str) -> Defaults:
-    """The defaults of a config's diffusion_objective; InputError if its samplers are not there."""
-    if objective not in DEFAULTS:
-        raise InputError(f"cannot sample a model of objective {objective!r}: only {' and '.join(DEFAULTS)}")
-    return DEFAULTS[objective]
+def find_sampler(name: str, objective: str) -> Sampler:
+    """The sampler of that name; InputError, naming those of the objective, if it is none of them."""
+    known = [known for known, sampler in SAMPLERS.items() if objective in sampler.objectives]
+    if name in known:
+        return SAMPLERS[name]
+    problem = f"{name!r} is not for this model" if name in SAMPLERS else f"unknown sampler {name!r}"
+    raise InputError(f"{problem}: the samplers for objective {objective} are {', '.join(known)}")
 
 
 def sample(
-    velocity: Velocity, latents: mx.array, noise: Iterator[mx.array], sampler: str, steps: int, sigma_max: float = 1.0
+    velocity: Velocity,
+    latents: mx.array,
+    noise: Iterator[mx.array],
+    sampler: str,
+    steps: int,
+    sigma_max: float | None = None,
 ) -> Iterator[State]:
-    """Yields the state after each step, from latents (B, T, C) at time sigma_max to clean ones; at 0, as they are."""
-    method = find_sampler(sampler)
-    schedule = method.schedule(steps, sigma_max)
+    """Yields the state after each step, from latents (B, T, C) at sigma_max to clean ones; at 0, as they are.
+
+    sigma_max is on the scale of the sampler's schedule; by default it is the sampler's own, which is all noise.
+    `sampler` is one of SAMPLERS.
+    """
+    method = SAMPLERS[sampler]
+    schedule = method.schedule(steps, method.sigma_max if sigma_max is None else sigma_max)
     if len(schedule) == 1:
         yield State(0, 0, latents)
     for step, x in enumerate(method.run(velocity, latents, schedule, noise), start=1):
         yield State(step, steps, x)
+
+
+def sample_noise(velocity: Velocity, noise: Iterator[mx.array], sampler: str, steps: int) -> Iterator[State]:
+    """`sample` from the first noise, as strong as the sampler wants it."""
+    return sample(velocity, SAMPLERS[sampler].sigma_max * next(noise), noise, sampler, steps)
 
 
 def clip_noise(seeds: Sequence[int], shape: tuple[int, int]) -> Iterator[mx.array]:
