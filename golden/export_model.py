@@ -67,8 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config: dict[str, Any] = read_json(args.folder / "config.json")
-    model = load_reference(args.folder, config)
+    export(args.folder, args.output, args.precision, args.by_position)
+    return 0
+
+
+def export(folder: Path, output: Path, precision: str = "float32", by_position: bool = False) -> None:
+    """Write the three files into a new folder. Raises InputError if it exists, or for a model with other numbers."""
+    config: dict[str, Any] = read_json(folder / "config.json")
+    model = load_reference(folder, config)
     for module in model.modules():
         if hasattr(module, "weight_g"):
             nn.utils.remove_weight_norm(module)
@@ -84,16 +90,11 @@ def run(args: argparse.Namespace) -> int:
     )
     ids = torch.ones(1, length, dtype=torch.int64)
     tokens, global_cond = torch.zeros(1, length + 1, width), torch.zeros(1, diffusion["global_cond_dim"])
-    if args.output.exists():
-        raise InputError(f"{args.output} exists already")
-    args.output.mkdir(parents=True)
-    conditioners, dit = _Conditioners(model), _DiT(model, args.by_position)
+    if output.exists():
+        raise InputError(f"{output} exists already")
+    output.mkdir(parents=True)
+    conditioners, dit, decoder = _Conditioners(model).eval(), _DiT(model, by_position).eval(), _Decoder(model).eval()
     with torch.no_grad():
-        litert_route(
-            conditioners.eval(), (ids, ids.clone(), torch.ones(1)), args.output / "conditioners_float32.tflite"
-        )
-        litert_route(
-            dit.eval(), (latents, torch.ones(1), tokens, global_cond), args.output / "dit_model.tflite", args.precision
-        )
-        litert_route(_Decoder(model).eval(), (latents,), args.output / "autoencoder_model.tflite")
-    return 0
+        litert_route(conditioners, (ids, ids.clone(), torch.ones(1)), output / "conditioners_float32.tflite")
+        litert_route(dit, (latents, torch.ones(1), tokens, global_cond), output / "dit_model.tflite", precision)
+        litert_route(decoder, (latents,), output / "autoencoder_model.tflite")
