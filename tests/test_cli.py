@@ -109,6 +109,18 @@ def test_info_tells_the_recipe_and_from_makes_the_clip_again(generate, folder, c
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("sampler", ["dpmpp-3m-sde", "dpmpp-2m", "v-ddim"])
+def test_from_makes_a_clip_of_the_objective_v_again(make_folder, folder, capsys, sampler):
+    model = str(make_folder(lambda config: config["model"]["diffusion"].update(diffusion_objective="v")))
+    options = ["--seconds", "1", "--steps", "4", "--sampler", sampler, "--output", "a.wav"]
+    assert main(["generate", "kick", *options, "--model", model]) == 0
+    recipe = read_recipe(folder / "a.wav")
+    assert (recipe.sampler, recipe.steps, recipe.cfg_scale) == (sampler, 4, 7)
+    assert main(["generate", "--from", "a.wav", "--output", "b.wav", "--model", model]) == 0
+    assert (folder / "a.wav").read_bytes() == (folder / "b.wav").read_bytes()
+    assert capsys.readouterr().err == ""
+
+
 def test_from_warns_when_the_weights_are_others(generate, folder, make_folder, capsys):
     assert generate("kick", "--seconds", "1", "--steps", "1", "--output", "a.wav") == 0
     other = make_folder(lambda config: config["model"]["diffusion"]["config"].update(depth=1))

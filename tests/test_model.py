@@ -229,10 +229,59 @@ def test_a_prompt_cropped_after_the_encoder_is_warned_of_too(make_folder):
         model.generate(start, seconds=1, steps=1)
 
 
-def test_v_models_load_and_say_what_is_missing(make_folder):
-    model = load(make_folder(with_objective("v")))
-    with pytest.raises(InputError, match="objective 'v'"):
-        model.generate("kick")
+def with_two_numbers(config):
+    with_objective("v")(config)
+    conditioning, diffusion = config["model"]["conditioning"], config["model"]["diffusion"]
+    ids = ["seconds_start", "seconds_total"]
+    conditioning["configs"][1:] = [{**conditioning["configs"][1], "id": id_} for id_ in ids]
+    diffusion.update(cross_attention_cond_ids=["prompt", *ids], global_cond_ids=ids)
+    diffusion["config"]["global_cond_dim"] *= 2
+
+
+@pytest.fixture(scope="module")
+def v_model(make_folder):
+    """As stable-audio-open-1.0: the objective v, seconds_start and seconds_total."""
+    return load(make_folder(with_two_numbers))
+
+
+def test_the_objective_v_has_defaults_of_its_own(v_model):
+    audio = v_model.generate("kick", seconds=6.016, seed=0)
+    recipe = audio.recipe
+    assert (recipe.steps, recipe.sampler, recipe.cfg_scale) == (100, "dpmpp-3m-sde", 7)
+    assert audio.samples.shape == (6016, 2)
+    short = v_model.generate("kick", seconds=0.001, steps=2, sampler="v-ddim")
+    assert short.samples.shape == (1, 2)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp-3m-sde", "dpmpp-2m", "v-ddim"])
+def test_a_batch_under_the_objective_v_equals_its_clips_alone(v_model, sampler):
+    options = {"steps": 4, "sampler": sampler, "negative_prompt": "hi-hat"}
+    together = v_model.generate(PROMPTS, seconds=[1.0, 2.5, 0.3], seed=[5, 6, 5], **options)
+    for clip in together:
+        recipe = clip.recipe
+        alone = v_model.generate(recipe.prompt, seconds=recipe.seconds, seed=recipe.seed, **options)
+        assert alone.recipe == recipe
+        assert np.linalg.norm(alone.samples - clip.samples) < 1e-4 * np.linalg.norm(alone.samples)
+
+
+def test_seconds_start_is_zero_and_both_seconds_are_heard(v_model):
+    """One v-ddim step from t = 1 is -v."""
+    *_, last = v_model.sample("kick", seconds=2, steps=1, cfg_scale=1, seed=4, sampler="v-ddim")
+    noise = mx.random.normal((188, 8), key=mx.random.split(mx.random.key(4))[1])[None]
+    ids, mask = v_model.tokenizer.encode(["kick"])
+    for start, total, same in ((0.0, 2.0, True), (1.0, 2.0, False), (0.0, 3.0, False)):
+        encoded = v_model.conditioner.encode(ids, mask, seconds_start=[start], seconds_total=[total])
+        expected = -v_model.dit(noise, mx.ones((1,)), encoded.cross_attention, encoded.global_cond)
+        assert np.allclose(np.array(last.latents), np.array(expected), rtol=1e-4, atol=1e-4) == same
+
+
+@pytest.mark.parametrize(("made_for", "sampler"), [("v", "pingpong"), ("rf_denoiser", "v-ddim")])
+def test_samplers_of_another_objective_are_refused(v_model, small_model, made_for, sampler):
+    model, own = {"v": (v_model, "dpmpp-3m-sde, dpmpp-2m, v-ddim"), "rf_denoiser": (small_model, "pingpong, euler")}[
+        made_for
+    ]
+    with pytest.raises(InputError, match=f"'{sampler}' is not for this model.*objective {made_for} are {own}"):
+        model.generate("kick", sampler=sampler)
 
 
 def test_rk4_is_refused_where_the_reference_would_shift_its_times(make_folder):

@@ -136,6 +136,17 @@ def noise_reused_between_steps(edits: Edits) -> None:
     edits.patch.setitem(sampling.SAMPLERS, "pingpong", sampling.SAMPLERS["pingpong"]._replace(run=pingpong))
 
 
+def other_noise_levels(edits: Edits) -> None:
+    edits.patch.setattr(sampling, "SIGMA_MIN", 0.03)
+
+
+def noise_of_strength_one_at_every_level(edits: Edits) -> None:
+    def sample_noise(velocity, noise, sampler, steps):
+        return sampling.sample(velocity, next(noise), noise, sampler, steps)
+
+    edits.patch.setattr(sampling, "sample_noise", sample_noise)
+
+
 def seconds_token_kept_under_guidance(edits: Edits) -> None:
     velocity = model.Model.velocity
 
@@ -169,6 +180,8 @@ MUTATIONS = {
     alpha_not_exponentiated: ("equal_heads", "decoder"),
     schedule_start: ("equal_heads", "sampling"),
     noise_reused_between_steps: ("fewer_heads", "sampling"),
+    other_noise_levels: ("v_objective", "sampling"),
+    noise_of_strength_one_at_every_level: ("v_objective", "sampling"),
     seconds_token_kept_under_guidance: ("fewer_heads", "sampling"),
 }
 
