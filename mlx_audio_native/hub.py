@@ -88,8 +88,11 @@ def _fetch(id_: str, revision: str | None) -> Path:
         problem = f"{id_} has no revision {revision!r}; {page}/commits/main lists them"
     except hub.errors.OfflineModeIsEnabled:
         problem = f"{id_} is not whole in the hub's cache, and HF_HUB_OFFLINE is set: fetch it once without that"
+    except hub.errors.HfHubHTTPError as error:
+        login = "; `hf auth login` renews the login" if error.response.status_code == 401 else ""
+        problem = f"cannot fetch {id_}: {_line(error)}{login}"
     except (OSError, hub.errors.HTTPError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = _line(error.__cause__ or error)
         problem = f"cannot fetch {id_}: {reason}; run it again to go on from there, or name a folder that is here"
     raise HubError(problem)
 
@@ -100,6 +103,10 @@ def _wanted(id_: str, listed: set[str]) -> list[str]:
         raise HubError(f"{id_} has no {_WEIGHTS}; weights are read from safetensors files alone")
     small = [file for file in sorted(listed) if file in _BESIDE_WEIGHTS or _LICENCE.fullmatch(file)]
     return [*small, *(_T5 if listed.issuperset(_T5) else ()), _WEIGHTS]
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _client(id_: str) -> ModuleType:
