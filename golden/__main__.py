@@ -31,11 +31,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("command", choices=COMMANDS)
     name = parser.parse_args(argv[:1]).command
     module, what = COMMANDS[name]
-    command = import_module(f".{module}", __package__)
     options = argparse.ArgumentParser(prog=f"python -m golden {name}", description=what)
-    command.add_arguments(options)
     try:
+        command = import_module(f".{module}", __package__)
+        command.add_arguments(options)
         return command.run(options.parse_args(argv[1:]))
+    except ModuleNotFoundError as error:
+        print(f"error: {name} needs {error.name}; the README tells how to install the reference", file=sys.stderr)
+        return 1
     except MlxAudioError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

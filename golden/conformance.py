@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .compare import TF32, compare, describe
-from .recording import PARITY, GoldenError, Recording, Row
+from .compare import add_golden_arguments, asked_for, compare, describe
+from .recording import Recording, Row
 
 _GROUP = 64
 
@@ -70,16 +69,12 @@ def worst(rows: list[Row]) -> Iterator[Row]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, nargs="?", metavar="MODEL_FOLDER", help="default: the embedded model")
-    parser.add_argument("golden", type=Path, nargs="?", metavar="GOLDEN", help="default: the embedded model's")
+    add_golden_arguments(parser)
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
 
 
 def run(args: argparse.Namespace) -> int:
-    if (args.folder is None) != (args.golden is None):
-        raise GoldenError("give both a model folder and a golden file, or neither")
-    golden = _one_sampling(Recording.read(args.golden or PARITY / "demo.safetensors"))
-    os.environ.setdefault(TF32, "0")
+    golden = _one_sampling(asked_for(args))
     for index, precision in enumerate(args.precision):
         start = time.perf_counter()
         model = _load(args.folder, precision)

@@ -135,7 +135,6 @@ def full_size_config(vocabulary: int) -> dict[str, Any]:
 
 # small enough to be stored
 FIXTURES = {"equal_heads": _equal_heads, "fewer_heads": _fewer_heads, "v_objective": _v_objective}
-FULL = "full_size"
 
 
 def small_tokenizer() -> tuple[bytes, int]:
@@ -161,7 +160,7 @@ def small_tokenizer() -> tuple[bytes, int]:
 def write(folder: Path, name: str) -> None:
     """The fixture's model folder, in float16 and with weight norm as g and v; an existing one is replaced."""
     spiece, vocabulary = small_tokenizer()
-    config = {**FIXTURES, FULL: full_size_config}[name](vocabulary)
+    config = FIXTURES[name](vocabulary)
     model = reference.randomise(reference.build(config, seed=len(name)), seed=1, scale=0.2)
     _sharpen(model)
     if name == "equal_heads":

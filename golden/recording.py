@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,11 +53,16 @@ BOUNDS = {
     "clip": Bound(1e-3, "rel rms"),
 }
 # recorded from weights in fewer bits, which another engine need not round alike
-LOOSER = {"float16": Bound(5e-3, "rel rms"), "int8": Bound(5e-2, "rel rms")}
+PRECISIONS = {"float16": Bound(5e-3, "rel rms"), "int8": Bound(5e-2, "rel rms")}
+# compared where matrix products round what they multiply to 11 bits, as float16 does
+TF32_BOUND = Bound(1e-2, "rel rms")
+_NO_PRODUCT = ("tokens", "seconds")
 
 
-def bound_of(stage: str, precision: str) -> Bound:
-    return BOUNDS[stage] if precision == "float32" else LOOSER[precision]
+def bound_of(stage: str, precision: str = "float32", tf32: bool = False) -> Bound:
+    """For a stage recorded from weights of a precision, and compared with or without TF32."""
+    bound = PRECISIONS.get(precision, BOUNDS[stage])
+    return max(bound, TF32_BOUND) if tf32 and stage not in _NO_PRODUCT else bound
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,13 @@ class Recording:
             raise GoldenError(f"the golden file has no tensor of the stage {stage}")
         return tensors
 
+    def only(self, stages: Iterable[str]) -> Recording:
+        """Of these stages alone. Raises GoldenError for one that was not recorded."""
+        for stage in stages:
+            if stage not in self.stages:
+                raise GoldenError(f"the golden file has no stage {stage}, only {', '.join(self.stages)}")
+        return replace(self, stages={stage: self.stages[stage] for stage in stages})
+
     def write(self, path: Path) -> None:
         """Whole or not at all."""
         ours = {"request": json.dumps(asdict(self.request)), "stages": json.dumps(self.stages)}
@@ -165,7 +177,7 @@ class Recording:
         except (KeyError, ValueError, RecursionError):
             raise GoldenError(f"{path} is no golden file: its header lacks request or stages") from None
         section = Section(stages, "stages")
-        stages = {stage: section.one_of(stage, ("float32", *LOOSER)) for stage in BOUNDS if stage in stages}
+        stages = {stage: section.one_of(stage, ("float32", *PRECISIONS)) for stage in BOUNDS if stage in stages}
         section.done()
         if not request.runs and {"sampling", "clip"} & set(stages):
             raise GoldenError(f"{path} has a sampling, but asks for none")
@@ -205,11 +217,11 @@ HEADER = f"{'tensor':<32}{'shape':<14}{'max abs':>10}{'rel rms':>10}{'cosine':>1
 
 
 def hold(
-    found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], problem: str = "", precision: str = "float32"
+    found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], bound: Bound, problem: str = ""
 ) -> Iterator[Row]:
     """A row for each tensor of either side. `problem` says why some were not found."""
+    nan = float("nan")
     for name in [*expected, *(name for name in found if name not in expected)]:
-        bound, nan = bound_of(name.split(".")[0], precision), float("nan")
         shape = (expected if name in expected else found)[name].shape
         if name not in expected or name not in found:
             why = "no golden for it" if name in found else problem or "was not made"

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from golden.__main__ import main
 from golden.compare import compare
 from golden.record import drift
-from golden.recording import BOUNDS, PARITY, GoldenError, Recording, Request, Row, hold
+from golden.recording import BOUNDS, PARITY, TF32_BOUND, GoldenError, Recording, Request, Row, bound_of, hold
 from mlx_audio_native import load, sampling
 
 FIXTURES = ("equal_heads", "fewer_heads", "v_objective")
@@ -97,6 +97,7 @@ def test_shapes_missing_tensors_and_nan_are_not_ok():
         hold(
             {"velocity.a": one[:1], "velocity.b": one * np.nan, "velocity.d": one},
             {"velocity.a": one, "velocity.b": one, "velocity.c": one},
+            BOUNDS["velocity"],
             "no such part",
         )
     )
@@ -142,6 +143,40 @@ def test_what_is_no_golden_file_ends_in_one_line(tmp_path, capsys):
 def test_a_golden_file_of_another_model_is_refused():
     with pytest.raises(GoldenError, match="of another model: numbers "):
         list(compare(load(PARITY / "equal_heads"), golden_of("fewer_heads")))
+
+
+def test_tf32_widens_the_bounds_of_what_multiplies_matrices_and_that_is_said(monkeypatch, capsys):
+    assert bound_of("velocity", tf32=True) == bound_of("clip", tf32=True) == TF32_BOUND > BOUNDS["velocity"]
+    assert all(bound_of(stage, tf32=True) == BOUNDS[stage] for stage in ("tokens", "seconds"))
+    assert bound_of("velocity", "int8", tf32=True) == bound_of("velocity", "int8") > TF32_BOUND
+    monkeypatch.setattr("golden.compare.multiplies_in_tf32", lambda: True)
+    assert main(["compare", "--stages", "seconds", "velocity"]) == 0
+    out = capsys.readouterr().out
+    assert "TF32 on" in out and "rel rms 0.01" in out and "max abs 1e-06" in out
+
+
+def test_only_the_stages_asked_for_are_compared(capsys):
+    assert main(["compare", "--stages", "decoder"]) == 0
+    names = [line.split(".")[0] for line in capsys.readouterr().out.splitlines() if line.endswith(" OK")]
+    assert names == ["decoder"]
+    files = [str(PARITY / name) for name in ("equal_heads", "tflite_whole.safetensors")]
+    assert main(["compare", *files, "--stages", "text"]) == 1
+    assert "has no stage text, only seconds, " in capsys.readouterr().err
+
+
+def test_conformance_shows_each_stage_in_each_precision(capsys):
+    files = [str(PARITY / name) for name in ("equal_heads", "equal_heads.safetensors")]
+    assert main(["conformance", *files, "--stages", "text", "velocity", "--precision", "float32", "bfloat16"]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("text", "velocity"))]
+    off = {(stage, precision): float(relative_rms) for stage, precision, _, relative_rms, _ in table}
+    assert len(off) == 4 and all(off[stage, "float32"] < 5e-6 < off[stage, "bfloat16"] for stage in ("text", "velocity"))
+
+
+def test_a_missing_package_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "golden.record_torch", raising=False)
+    assert main(["record", str(PARITY / "equal_heads"), "never written"]) == 1
+    assert capsys.readouterr().err.startswith("error: record needs torch; ")
 
 
 def test_comparing_needs_no_torch():
