@@ -1,13 +1,7 @@
 """Exports of reference conditioners to TFLite, by both public routes and by hand, with the interpreter's outputs.
 
-The two exporters need an environment each (Python 3.11); run the command in both, each makes what it can:
-
-    pip install torch==2.13.0 transformers==4.57.6 onnx2tf==1.29.24 sng4onnx tflite==2.18.0
-    pip install torch==2.13.0 transformers==4.57.6 litert-torch==0.10.0 tflite==2.18.0 "mlx[cpu]==0.32.4"
-
-and in both
-    pip install einops safetensors sentencepiece soundfile pillow scipy tqdm
-    pip install --no-deps stable-audio-tools==0.0.19 k-diffusion==0.1.1 einops-exts torchsde torchdiffeq trampoline
+The two exporters need an environment each: litert-torch comes with the extra `golden`, and for onnx2tf (Python 3.11)
+the README has a line. Run the command in both, each makes what it can.
 """
 
 from __future__ import annotations

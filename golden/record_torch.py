@@ -1,10 +1,4 @@
-"""What stable-audio-tools gives for a model folder, in float32 on the CPU, stage by stage.
-
-An environment for it (Python 3.11; MLX is not needed):
-
-    pip install torch==2.13.0 transformers==4.57.6 einops safetensors sentencepiece pillow scipy tqdm numpy
-    pip install --no-deps stable-audio-tools==0.0.19 k-diffusion==0.1.1 einops-exts torchsde torchdiffeq trampoline
-"""
+"""What stable-audio-tools gives for a model folder, in float32 on the CPU, stage by stage."""
 
 from __future__ import annotations
 
