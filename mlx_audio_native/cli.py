@@ -44,7 +44,8 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="the same seed makes the same clip (default: drawn, and kept in the file)")
     add("--cfg-scale", type=float, metavar="SCALE", help="guidance; 1 is none (default: what the model is made for)")
     add("--negative-prompt", metavar="TEXT", help="what to guide away from, at another --cfg-scale than 1")
-    add("--sampler", metavar="NAME", help="pingpong, euler, rk4 or dpmpp (default: what the model is made for)")
+    samplers = "pingpong, euler, rk4 or dpmpp; dpmpp-3m-sde, dpmpp-2m or v-ddim for models of the objective v"
+    add("--sampler", metavar="NAME", help=f"{samplers} (default: what the model is made for)")
     add("--count", type=int, default=1, metavar="N", help="clips to make, from seeds SEED, SEED+1, …")
     add("--output", type=Path, metavar="PATH", help="a .wav file or a folder (default: a new file named by the prompt)")
     add("--overwrite", action="store_true", help="replace what --output names")
@@ -150,9 +151,8 @@ def info_model(folder: Path) -> None:
         print(
             f"transformer: {dit.depth} layers, {dit.embed_dim} wide, {dit.num_heads} heads, objective {dit.objective}"
         )
-        if dit.objective in DEFAULTS:
-            default = DEFAULTS[dit.objective]
-            print(f"defaults: {default.steps} steps of {default.sampler}, cfg scale {default.cfg_scale:g}")
+        default = DEFAULTS[dit.objective]
+        print(f"defaults: {default.steps} steps of {default.sampler}, cfg scale {default.cfg_scale:g}")
     if config.autoencoder:
         window = config.autoencoder.decoded_frames(config.latent_length) / config.sample_rate
         print(f"audio: {config.sample_rate} Hz, {config.audio_channels} channels, up to {window:.3f} s")
