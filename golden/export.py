@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from .export_folded import folded_route
-from .export_record import record
+from .export_record import INPUTS, record
+from .export_record import run as run_interpreter
 from .export_routes import litert_route, onnx2tf_route
 from .export_sources import FULL, SOURCES, Conditioners
+from .recording import Bound, bound_of, hold
 
 DATA = Path(__file__).parent / "data"
 
@@ -37,6 +40,17 @@ class Recipe:
     def name(self) -> str:
         traced = "_half" if self.half else ""
         return f"{self.source}_{self.route}{traced}_{self.precision}{'_per_tensor' if self.per_tensor else ''}"
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether its exporter is installed."""
+        return importlib.util.find_spec(_NEEDS[self.route]) is not None
+
+    @property
+    def bound(self) -> Bound:
+        """How far one machine's interpreter may be from another's: int8 activations round to other integers."""
+        precision = "int8" if "int" in self.precision else "float16" if self.half else self.precision
+        return bound_of("conditioning", precision)
 
 
 RECIPES = [
@@ -67,6 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--full", type=Path, metavar="FILE", help="write a random T5-base's conditioners (440 MB) instead"
     )
     parser.add_argument("--demo", type=Path, metavar="DIR", help="export this model folder's conditioners instead")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; 1 if what a stored file gives is not what was recorded of it",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,12 +98,30 @@ def run(args: argparse.Namespace) -> int:
             module = Conditioners(FULL, FULL.build()).eval()
             litert_route(module, module.sample(), args.full)
         return 0
+    recipes = [recipe for recipe in RECIPES if args.only in recipe.name]
+    if args.check:
+        return int(sum(_has_drifted(recipe, args.output) for recipe in recipes) > 0)
     args.output.mkdir(exist_ok=True)
-    for recipe in RECIPES:
-        if args.only in recipe.name and importlib.util.find_spec(_NEEDS[recipe.route]):
+    for recipe in recipes:
+        if recipe.is_possible:
             path = export(recipe, args.output)
             print(f"{path.name}: {path.stat().st_size:,} bytes", flush=True)
     return 0
+
+
+def _has_drifted(recipe: Recipe, folder: Path) -> bool:
+    """Whether a stored file, exported again where the exporter is here, gives what was recorded."""
+    stored = load_file(folder / f"{recipe.name}.safetensors")
+    inputs = {name: stored.pop(name) for name in INPUTS}
+    with tempfile.TemporaryDirectory() as scratch:
+        path = export(recipe, Path(scratch)) if recipe.is_possible else folder / f"{recipe.name}.tflite"
+        rows = list(hold(run_interpreter(path, inputs), stored, recipe.bound))
+    how = "exported again" if recipe.is_possible else "the stored file"
+    print(f"{recipe.name}, {how}: {'as recorded' if all(row.ok for row in rows) else 'drifted'}", flush=True)
+    for row in rows:
+        if not row.ok:
+            print(f"  {row}", flush=True)
+    return not all(row.ok for row in rows)
 
 
 def export(recipe: Recipe, folder: Path) -> Path:

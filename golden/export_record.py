@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -10,7 +9,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from .export_sources import Source
+from .record_tflite import Graph, by_kind
+from .recording import sha256
 
+INPUTS = ("input_ids", "attention_mask", "numbers")
 _TOOLS = ("torch", "transformers", "stable-audio-tools", "onnx2tf", "tensorflow", "litert-torch", "ai-edge-litert")
 
 
@@ -22,7 +24,7 @@ def record(path: Path, source_name: str, source: Source, recipe: str) -> Path:
     provenance = {
         "recorded": "outputs of the LiteRT interpreter without delegate",
         "file": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": sha256(path),
         "source": source_name,
         "recipe": recipe,
         "versions": ", ".join(f"{name} {found}" for name in _TOOLS if (found := _version(name))),
@@ -50,28 +52,17 @@ def _inputs(source: Source) -> dict[str, np.ndarray]:
     mask = (np.arange(length) < np.array(counts)[:, None]).astype(np.int64)
     columns = [[0.0, low - 7, high, high * 1.5, low + 0.3 * (high - low)] for _, low, high in source.numbers]
     numbers = np.roll(np.array(columns, np.float32), np.arange(len(columns)).sum(), 1).T.copy()
-    return {"input_ids": ids, "attention_mask": mask, "numbers": numbers}
+    return dict(zip(INPUTS, (ids, mask, numbers), strict=True))
 
 
 def run(path: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """`cross_attention`, `mask` and `global_cond` for each row of the inputs."""
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
-
-    resolver = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    interpreter = Interpreter(str(path), experimental_op_resolver_type=resolver)
-    interpreter.allocate_tensors()
-    rows: dict[str, list[np.ndarray]] = {"cross_attention": [], "mask": [], "global_cond": []}
-    tokens = max(detail["shape"][1] for detail in interpreter.get_output_details() if len(detail["shape"]) == 3)
+    graph = Graph(path)
+    rows = []
     for row in range(len(inputs["input_ids"])):
-        for detail in interpreter.get_input_details():
-            value = _input(detail["name"], inputs, row)
-            interpreter.set_tensor(detail["index"], value.reshape(detail["shape"]).astype(detail["dtype"]))
-        interpreter.invoke()
-        for detail in interpreter.get_output_details():
-            value = interpreter.get_tensor(detail["index"])[0]
-            kind = "cross_attention" if value.ndim == 2 else "mask" if value.shape == (tokens,) else "global_cond"
-            rows[kind].append(value)
-    return {name: np.stack(values) for name, values in rows.items()}
+        values = {index: _input(detail["name"], inputs, row) for index, detail in graph.inputs.items()}
+        rows.append(by_kind(graph, graph.run(values)))
+    return {name: np.stack([outputs[name] for outputs in rows]) for name in rows[0]}
 
 
 def _input(name: str, inputs: dict[str, np.ndarray], row: int) -> np.ndarray:

@@ -109,7 +109,7 @@ def _record_conditioners(graph: Graph, tensors: dict[str, np.ndarray]) -> dict[s
 
     def run(row: int, values: dict[int, float], order: list[int] = texts) -> dict[str, np.ndarray]:
         fed = {index: np.float32(value) for index, value in values.items()}
-        return _sort(graph, graph.run({order[0]: ids[row], order[1]: mask[row], **fed}))
+        return by_kind(graph, graph.run({order[0]: ids[row], order[1]: mask[row], **fed}))
 
     # only the right order gives a mask with as many ones as there are tokens
     other = texts[::-1]
@@ -134,8 +134,8 @@ def _record_conditioners(graph: Graph, tensors: dict[str, np.ndarray]) -> dict[s
     return numbers
 
 
-def _sort(graph: Graph, outputs: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """Tokens have two axes; the mask has a value for each of them, 0 or 1; the rest is the global vector."""
+def by_kind(graph: Graph, outputs: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """A conditioners graph's outputs: tokens have two axes, the mask 0 or 1 for each of them, the rest is global."""
     outputs = [np.float32(output[0]) for output in outputs]
     tokens = [output for output in outputs if output.ndim == 2]
     vectors = [output for output in outputs if output.ndim == 1]
