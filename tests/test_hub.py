@@ -80,6 +80,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
         elif kind == "cdn":
             blobs = [data for repository in hub.repositories.values() for data in repository.files.values()]
+            assert not self.headers["Authorization"]
             self._send_file(next(data for data in blobs if hashlib.sha256(data).hexdigest() == rest[0]))
         elif kind == "api":
             self._list("/".join(rest[1:3]), rest[4] if len(rest) > 3 else "main")
@@ -110,8 +111,9 @@ class Handler(BaseHTTPRequestHandler):
             commit, digest = {"X-Repo-Commit": repository.commit}, hashlib.sha256(data).hexdigest()
             if file.endswith(WEIGHTS):
                 linked = {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(data))}
-                host = self.headers["Host"]
-                self._send(302, {**commit, **linked, "Location": f"http://{host}/cdn/{digest}"})
+                # on a host of another name, as the hub's is: a login must not go there
+                elsewhere = f"http://localhost:{self.server.server_port}/cdn/{digest}"
+                self._send(302, {**commit, **linked, "Location": elsewhere})
             else:
                 self._send(200, {**commit, "ETag": f'"{digest[:40]}"'}, data)
 

@@ -10,7 +10,17 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-HEAVY = {"ai-edge-litert", "jax", "litert-torch", "tensorflow", "tf-keras", "tflite", "torch", "transformers"}
+HEAVY = {
+    "ai-edge-litert",
+    "huggingface-hub",
+    "jax",
+    "litert-torch",
+    "tensorflow",
+    "tf-keras",
+    "tflite",
+    "torch",
+    "transformers",
+}
 REPOSITORY = Path(__file__).parents[1]
 
 
