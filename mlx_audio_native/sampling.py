@@ -24,7 +24,7 @@ Velocity = Callable[[mx.array, float], mx.array]
 
 # Just above sigmoid(-2) = 0.11920, below which the reference's log-SNR line runs upwards, to fail at 0.
 LINEAR_BELOW = 0.1193
-# The range of noise levels that stable-audio-open-1.0 is sampled over.
+# Noise levels that stable-audio-open-1.0 is released with; the reference's interface offers 0.01 and 100.
 SIGMA_MIN, SIGMA_MAX = 0.3, 500.0
 
 
@@ -117,7 +117,7 @@ def _second_order(
     x: mx.array,
     schedule: Sequence[float],
 ) -> Iterator[mx.array]:
-    """DPM-Solver++(2M) on clean estimates, extrapolated in what `log_snr` says, to scale, of a level of the schedule.
+    """DPM-Solver++(2M) on clean estimates, extrapolated in `log_snr` of the schedule's values, up to a factor.
 
     The reference's (t'/t)·x - (1-t')·expm1(-h)·clean is written (t'/t)·x + (1 - t'/t)·clean: equal, since e^-h is the
     ratio of the two t/(1-t), and free of infinities at t = 1 and t' = 0. So is k-diffusion's, with σ for both.
