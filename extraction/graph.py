@@ -90,6 +90,11 @@ class Wiring:
             pending.extend(self.graph.operators[place].inputs)
         return [self.graph.operators[place] for place in sorted(places)]
 
+    def constants(self, outputs: Sequence[int]) -> set[int]:
+        """The stored constants that some tensors are made of."""
+        operands = {index for op in self.slice(outputs, (), constants=True) for index in op.inputs}
+        return {i for i in operands.union(outputs) if i != -1 and self.graph.tensors[i].data is not None}
+
     def sources(self, stops: Collection[int]) -> dict[int, frozenset[int]]:
         """For every computed tensor: the nearest tensors before it among `stops` and the graph's inputs."""
         nearest: dict[int, frozenset[int]] = {}
@@ -112,6 +117,8 @@ class Wiring:
             if x == -1 or not self.dynamic(x) or self.dynamic(weight) or len(shape) < 2:
                 continue
             transposed = operator.name == "BATCH_MATMUL" and not operator.options["adj_y"]
+            if operator.name == "CONV_2D" and not _is_product(shape, operator):
+                continue
             if operator.name == "BATCH_MATMUL" and (any(size != 1 for size in shape[:-2]) or operator.options["adj_x"]):
                 continue
             bias = operator.inputs[2] if len(operator.inputs) > 2 else -1
@@ -133,3 +140,8 @@ class Wiring:
             if self.dynamic(indices) == dynamic and operator.options.get("axis", 0) == 0:
                 found.append(Lookup(operator, indices, operator.outputs[0], table))
         return found
+
+
+def _is_product(shape: tuple[int, ...], operator: Operator) -> bool:
+    """Whether a convolution is a matrix product: of one point, at every place."""
+    return shape[1:3] == (1, 1) and (operator.options["stride_h"], operator.options["stride_w"]) == (1, 1)

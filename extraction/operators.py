@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import Array, Run, ints, kind
+from .convolutions import CONVOLUTIONS
 from .layout import LAYOUT
 from .schema import DTYPES, FLOATS, Operator
 
@@ -118,14 +119,6 @@ def _batch_matmul(e: Run, op: Operator, a: Array, b: Array) -> Array:
     return a @ b
 
 
-def _conv_2d(e: Run, op: Operator, x: Array, weight: Array, bias: Array | None = None) -> Array:
-    if weight.shape[1:3] != (1, 1) or (op.options["stride_w"], op.options["stride_h"]) != (1, 1):
-        raise ValueError("only a convolution of one point is a matrix product")
-    e.room(op, (*x.shape[:-1], weight.shape[0]), x.size * weight.shape[0] // 8)
-    result = x @ weight.reshape(weight.shape[0], -1).T
-    return result if bias is None else result + bias
-
-
 def _cumsum(e: Run, op: Operator, a: Array, axis: Array) -> Array:
     if op.options["exclusive"] or op.options["reverse"]:
         raise ValueError("an exclusive or reversed sum")
@@ -134,6 +127,7 @@ def _cumsum(e: Run, op: Operator, a: Array, axis: Array) -> Array:
 
 HANDLERS: dict[str, Callable[..., Any]] = {
     **LAYOUT,
+    **CONVOLUTIONS,
     "ADD": _elementwise(lambda xp, a, b: a + b),
     "SUB": _elementwise(lambda xp, a, b: a - b),
     "MUL": _elementwise(lambda xp, a, b: a * b),
@@ -174,6 +168,7 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "RELU_0_TO_1": _unary(lambda xp, a: xp.minimum(xp.maximum(a, 0), 1)),
     "RELU_N1_TO_1": _unary(lambda xp, a: xp.minimum(xp.maximum(a, -1), 1)),
     "LEAKY_RELU": lambda e, op, a: e.xp.where(a > 0, a, a * op.options["alpha"]),
+    "ELU": _unary(lambda xp, a: xp.where(a > 0, a, xp.expm1(xp.minimum(a, 0)))),
     "GELU": _gelu,
     "SELECT": _select,
     "SELECT_V2": _select,
@@ -190,6 +185,5 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "SOFTMAX": _softmax,
     "FULLY_CONNECTED": _fully_connected,
     "BATCH_MATMUL": _batch_matmul,
-    "CONV_2D": _conv_2d,
     "CUMSUM": _cumsum,
 }

@@ -44,9 +44,9 @@ class Report:
         lines.append("operators: " + ", ".join(f"{count} {name}" for name, count in self.operators.items()))
         lines.append("constants: " + ", ".join(f"{count:,} {name.lower()}" for name, count in self.constants.items()))
         found = self.conditioners
-        if found is None:
+        if self.problem is not None:
             lines.append(f"no conditioners: {self.problem}")
-        else:
+        if found is not None:
             lines += [f"{name}: {number['formula']}" for name, number in found["numbers"].items()]
             sizes = ", ".join(f"{name} {value}" for name, value in found["text"].items())
             lines.append(f"precision: {found['precision']}")

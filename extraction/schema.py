@@ -50,6 +50,13 @@ _OPTIONS: dict[str, tuple[str, dict[str, tuple[int, str, object]]]] = {
     ),
     "CONV_2D": (
         "Conv2DOptions",
+        {
+            **{"padding": (0, "b", 0), "stride_w": (1, "i", 0), "stride_h": (2, "i", 0), "activation": (3, "b", 0)},
+            **{"dilation_w": (4, "i", 1), "dilation_h": (5, "i", 1)},
+        },
+    ),
+    "TRANSPOSE_CONV": (
+        "TransposeConvOptions",
         {"padding": (0, "b", 0), "stride_w": (1, "i", 0), "stride_h": (2, "i", 0), "activation": (3, "b", 0)},
     ),
     "BATCH_MATMUL": ("BatchMatMulOptions", {"adj_x": (0, "?", False), "adj_y": (1, "?", False)}),

@@ -145,6 +145,13 @@ class Seconds:
         return f"{x} → [{', '.join(features)}] @ Wᵀ + b"
 
 
+def chains(wiring: Wiring, input_: int, target: int) -> np.ndarray:
+    """What the graph makes of an input of one number in each element of a tensor: Chains, or plain constants."""
+    start = np.full(wiring.shape(input_), None, object)
+    start[...] = Chain()
+    return _Chains(wiring).run({input_: start}, [target])[0].reshape(-1)
+
+
 def recover(wiring: Wiring, evaluator: Evaluator, linears: Sequence[Linear], input_: int) -> Seconds:
     """The number conditioner behind `linears`, which all read the same graph input. Raises ExtractionError.
 
@@ -164,11 +171,8 @@ def _recover_one(wiring: Wiring, evaluator: Evaluator, linear: Linear, input_: i
     shape = wiring.shape(input_)
     if np.prod(shape, dtype=np.int64) != 1:
         raise ExtractionError(f"input {input_} takes {list(shape)} numbers at once; only a batch of one is understood")
-    start = np.full(shape, None, object)
-    start[...] = Chain()
     try:
-        features = _Chains(wiring).run({input_: start}, [linear.input])[0].reshape(-1)
-        return _interpret(features, evaluator, linear, input_)
+        return _interpret(chains(wiring, input_, linear.input), evaluator, linear, input_)
     except ExtractionError as error:
         problem = f"the seconds formula is none that the runtime has: {error}"
         raise ExtractionError(problem, describe(wiring, evaluator, [linear.output])) from error
