@@ -66,11 +66,11 @@ def _pinned_id(folder: Path) -> str | None:
 
 def _fetch(id_: str, revision: str | None) -> Path:
     hub = _client(id_)
-    # the weights come last: with them there, everything is
-    if isinstance(cached := hub.try_to_load_from_cache(id_, _WEIGHTS, revision=revision), str):
-        return Path(cached).parent
     page = f"{hub.constants.ENDPOINT}/{id_}"
     try:
+        cached = hub.try_to_load_from_cache(id_, _WEIGHTS, revision=revision)
+        if isinstance(cached, str) and _is_whole(Path(cached).parent):
+            return Path(cached).parent
         listed = hub.HfApi().model_info(id_, revision=revision, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
         first, *rest = _wanted(id_, {file.rfilename for file in listed.siblings})
         # only the first is asked for by the revision's name: the cache keeps its commit, and the rest is of that one
@@ -91,14 +91,20 @@ def _fetch(id_: str, revision: str | None) -> Path:
     except hub.errors.HfHubHTTPError as error:
         login = "; `hf auth login` renews the login" if error.response.status_code == 401 else ""
         problem = f"cannot fetch {id_}: {_line(error)}{login}"
-    except (OSError, hub.errors.HTTPError) as error:
+    except (OSError, ValueError, hub.errors.HTTPError) as error:  # ValueError: a name or an answer that is malformed
         reason = _line(error.__cause__ or error)
         problem = f"cannot fetch {id_}: {reason}; run it again to go on from there, or name a folder that is here"
     raise HubError(problem)
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether all that a model takes is there beside its weights: other programs fetch less than this one."""
+    there = {file for file in _BESIDE_WEIGHTS if (folder / file).is_file()}
+    return "model_config.json" in there or {"config.json", "spiece.model"} <= there
+
+
 def _wanted(id_: str, listed: set[str]) -> list[str]:
-    """What to fetch, the weights last."""
+    """What to fetch, the weights last: with them there, the rest is."""
     if _WEIGHTS not in listed:
         raise HubError(f"{id_} has no {_WEIGHTS}; weights are read from safetensors files alone")
     small = [file for file in sorted(listed) if file in _BESIDE_WEIGHTS or _LICENCE.fullmatch(file)]
@@ -113,6 +119,7 @@ def _client(id_: str) -> ModuleType:
     # its other transport starts a broken download again from nothing
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     try:
+        import huggingface_hub.constants
         import huggingface_hub.errors
     except ImportError as error:
         message = f"there is no folder {id_} here; as a hub id it takes an extra: pip install '.[hub]' in the clone"

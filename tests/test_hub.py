@@ -328,6 +328,16 @@ def test_a_cut_download_is_refused_and_goes_on_where_it_stopped(hub, generate, m
     assert not list((folder.parents[1] / "blobs").glob("*.incomplete"))
 
 
+def test_what_another_program_left_incomplete_in_the_cache_is_completed(hub, run):
+    fetch = "import huggingface_hub as h; h.hf_hub_download('google-t5/t5-base', 'model.safetensors')"
+    resolve = "from mlx_audio_native.hub import resolve; print(*resolve('google-t5/t5-base').glob('*'))"
+    with serving(hub) as endpoint:
+        assert run("-c", fetch, endpoint=endpoint).returncode == 0
+        assert run("-c", resolve, endpoint=endpoint, HF_HUB_OFFLINE="1").returncode == 1
+        assert run("-c", resolve, endpoint=endpoint).stdout.count("spiece.model") == 1
+    assert len([path for _, path, _ in hub.asked if path.startswith("/cdn/")]) == 1
+
+
 def test_offline_with_nothing_in_the_cache(hub, generate):
     with serving(hub) as endpoint:
         refused(generate("studio/whole", endpoint, HF_HUB_OFFLINE="1"), "studio/whole", "HF_HUB_OFFLINE")
