@@ -10,6 +10,7 @@ import argparse
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from .recording import (
 )
 
 TF32 = "MLX_ENABLE_TF32"
+EMBEDDED = (PARITY / "demo.safetensors", PARITY / "demo_tflite.safetensors")
 
 
 def compare(model: Any, golden: Recording) -> Iterator[Row]:
@@ -190,11 +192,11 @@ _PARTS = {
 }
 
 
-def parts_for(golden: Recording) -> list[str]:
+def parts_for(goldens: list[Recording]) -> list[str]:
     """The parts that a model must have to be compared."""
     from mlx_audio_native.config import PARTS
 
-    wanted = {_PARTS.get(stage) for stage in golden.stages}
+    wanted = {_PARTS.get(stage) for golden in goldens for stage in golden.stages}
     return [part for part in PARTS if part in wanted or None in wanted]
 
 
@@ -208,7 +210,7 @@ def multiplies_in_tf32() -> bool:
 def add_golden_arguments(parser: argparse.ArgumentParser) -> None:
     """What is compared: a model folder, a golden file, and of which stages."""
     parser.add_argument("folder", type=Path, nargs="?", metavar="MODEL_FOLDER", help="default: the embedded model")
-    parser.add_argument("golden", type=Path, nargs="?", metavar="GOLDEN", help="default: the embedded model's")
+    parser.add_argument("golden", type=Path, nargs="?", metavar="GOLDEN", help="default: both of the embedded model's")
     parser.add_argument("--stages", nargs="+", choices=BOUNDS, metavar="STAGE", help=f"of {', '.join(BOUNDS)}")
 
 
@@ -220,29 +222,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def asked_for(args: argparse.Namespace) -> Recording:
+def asked_for(args: argparse.Namespace) -> list[Recording]:
     """The golden file, or the embedded model's. TF32 is off from here on, unless the environment says otherwise."""
     if (args.folder is None) != (args.golden is None):
         raise GoldenError("give both a model folder and a golden file, or neither")
     os.environ.setdefault(TF32, "0")  # read when MLX first multiplies
-    golden = Recording.read(args.golden or PARITY / "demo.safetensors")
-    return golden.only(args.stages) if args.stages else golden
+    goldens = [Recording.read(path) for path in ([args.golden] if args.golden else EMBEDDED)]
+    for stage in args.stages or ():
+        if not any(stage in golden.stages for golden in goldens):
+            raise GoldenError(f"the stage {stage} was not recorded, only {', '.join(goldens[0].stages)}")
+    wanted = args.stages or BOUNDS
+    kept = [replace(g, stages={stage: g.stages[stage] for stage in g.stages if stage in wanted}) for g in goldens]
+    return [golden for golden in kept if golden.stages]
 
 
 def run(args: argparse.Namespace) -> int:
     """0 if every row is OK, else 1."""
-    golden = asked_for(args)
+    goldens = asked_for(args)
     from mlx_audio_native import load
 
-    model = load(args.folder, parts=parts_for(golden), dtype="float32")
-    for line in describe(model, golden):
-        print(line)
-    print(f"\n{HEADER}")
+    model = load(args.folder, parts=parts_for(goldens), dtype="float32")
+    print(where())
     failed: dict[str, int] = {}
-    for row in compare(model, golden):
-        print(row, flush=True)
-        if not row.ok:
-            failed[row.stage] = failed.get(row.stage, 0) + 1
+    for golden in goldens:
+        print("", *describe(model, golden), "", HEADER, sep="\n")
+        for row in compare(model, golden):
+            print(row, flush=True)
+            if not row.ok:
+                failed[row.stage] = failed.get(row.stage, 0) + 1
     if failed:
         print(f"\nNOT OK: {', '.join(f'{stage} ({count})' for stage, count in failed.items())}")
         return 1
@@ -250,16 +257,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(model: Any, golden: Recording) -> Iterator[str]:
-    """What is compared with what, and where."""
+def where() -> str:
+    """The machine that compares."""
     import mlx.core as mx
 
+    device, tf32 = mx.device_info().get("device_name", mx.default_device()), multiplies_in_tf32()
+    return f"MLX {mx.__version__}, {device}, TF32 {'on, so the bounds are wider' if tf32 else 'off'}"
+
+
+def describe(model: Any, golden: Recording) -> Iterator[str]:
+    """What is compared with what."""
     for key, value in sorted(golden.provenance.items()):
         yield f"golden {key}: {value}"
-    same = sha256(model.folder / "model.safetensors") == golden.provenance.get("sha256")
-    yield f"model: {model.folder}, {'the file recorded from' if same else 'not the file recorded from'}"
+    told = ""
+    if "sha256" in golden.provenance:
+        same = sha256(model.folder / "model.safetensors") == golden.provenance["sha256"]
+        told = f", {'' if same else 'not '}the file recorded from"
+    yield f"model: {model.folder}{told}"
     for stage, precision in golden.stages.items():
         if precision != "float32":
             yield f"{stage}: recorded from {precision} weights, so the bound is {bound_of(stage, precision).limit:g}"
-    device, tf32 = mx.device_info().get("device_name", mx.default_device()), multiplies_in_tf32()
-    yield f"MLX {mx.__version__}, {device}, TF32 {'on, so the bounds are wider' if tf32 else 'off'}"

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .compare import add_golden_arguments, asked_for, compare, describe
+from .compare import add_golden_arguments, asked_for, compare, describe, parts_for, where
 from .recording import Recording, Row
 
 _GROUP = 64
@@ -31,20 +31,21 @@ def _change_weights(module: Any, change: Callable[[Any], Any]) -> None:
     module.update(tree_map(lambda array: change(array) if array.ndim > 1 else array, module.parameters()))
 
 
-def _load(folder: Path | None, precision: str) -> Any:
+def _load(folder: Path | None, parts: list[str], precision: str) -> Any:
     """The model in a precision. The conditioner always computes in float32, from weights that were rounded."""
     import mlx.core as mx
 
     from mlx_audio_native import load
 
     if precision.endswith("-bit"):
-        model = load(folder, dtype="float32")
-        for module in (model.conditioner, model.dit, model.autoencoder):
-            _change_weights(module, lambda weight: _quantise(weight, int(precision[0])))
+        model = load(folder, parts=parts, dtype="float32")
+        for part in parts:
+            _change_weights(getattr(model, part), lambda weight: _quantise(weight, int(precision[0])))
         return model
-    model = load(folder, dtype=precision)
-    dtype = getattr(mx, precision)
-    _change_weights(model.conditioner, lambda weight: weight.astype(dtype).astype(mx.float32))
+    model = load(folder, parts=parts, dtype=precision)
+    if "conditioner" in parts:
+        dtype = getattr(mx, precision)
+        _change_weights(model.conditioner, lambda weight: weight.astype(dtype).astype(mx.float32))
     return model
 
 
@@ -74,16 +75,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    golden = _one_sampling(asked_for(args))
-    for index, precision in enumerate(args.precision):
-        start = time.perf_counter()
-        model = _load(args.folder, precision)
-        if index == 0:
-            print(*describe(model, golden), "", sep="\n")
-            print(f"{'stage':<14}{'precision':<11}{'max abs':>10}{'rel rms':>10}{'cosine':>14}")
-        for row in worst(list(compare(model, golden))):
-            if row.stage != "tokens":
-                figures = f"{row.max_abs:10.1e}{row.relative_rms:10.1e}{row.cosine:14.9f}"
-                print(f"{row.stage:<14}{precision:<11}{figures}", flush=True)
-        print(f"{'':<14}{precision:<11}{time.perf_counter() - start:9.1f} s", flush=True)
+    goldens = [_one_sampling(golden) for golden in asked_for(args)]
+    print(where())
+    for golden in goldens:
+        for index, precision in enumerate(args.precision):
+            start = time.perf_counter()
+            model = _load(args.folder, parts_for([golden]), precision)
+            if index == 0:
+                print("", *describe(model, golden), "", sep="\n")
+                print(f"{'stage':<14}{'precision':<11}{'max abs':>10}{'rel rms':>10}{'cosine':>14}")
+            for row in worst(list(compare(model, golden))):
+                if row.stage != "tokens":
+                    figures = f"{row.max_abs:10.1e}{row.relative_rms:10.1e}{row.cosine:14.9f}"
+                    print(f"{row.stage:<14}{precision:<11}{figures}", flush=True)
+            print(f"{'':<14}{precision:<11}{time.perf_counter() - start:9.1f} s", flush=True)
     return 0

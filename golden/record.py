@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 from .recording import PARITY, GoldenError, Recording, bound_of, hold, sha256
 
 DEMO = Path(__file__).parent.parent / "mlx_audio_native" / "demo"
+DEMO_TFLITE = PARITY.parent / "demo_conditioners_float32.tflite"
 EXPORTED = PARITY / "equal_heads"
 # the stored goldens of TFLite files, and how `export_model` makes those of the model EXPORTED
 EXPORTS: dict[str, dict[str, Any]] = {
@@ -33,6 +35,13 @@ def record(folder: Path) -> Recording:
     else:
         from .record_torch import record
     return record(folder)
+
+
+def record_file(path: Path) -> Recording:
+    """Of one TFLite file."""
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copyfile(path, Path(scratch) / path.name)
+        return record(Path(scratch))
 
 
 def record_export(**options: Any) -> Recording:
@@ -54,9 +63,9 @@ def record_export(**options: Any) -> Recording:
 def drift(fresh: Recording, stored: Recording) -> list[str]:
     """How a fresh recording differs from a stored one beyond the bounds, a line each."""
     lines = [
-        f"{key} was {stored.provenance.get(key)}, is {fresh.provenance[key]}"
-        for key in fresh.provenance
-        if key not in _NO_DRIFT and stored.provenance.get(key) != fresh.provenance[key]
+        f"{key} was {stored.provenance.get(key)}, is {fresh.provenance.get(key)}"
+        for key in fresh.provenance | stored.provenance
+        if key not in _NO_DRIFT and stored.provenance.get(key) != fresh.provenance.get(key)
     ]
     if fresh.request != stored.request:
         lines.append("what is asked of the model is not what was")
@@ -101,6 +110,7 @@ def _stored(write: bool) -> Iterator[tuple[Path, Callable[[], Recording]]]:
     if write:
         for name in fixtures.FIXTURES:
             fixtures.write(PARITY / name, name)
+    yield PARITY / "demo_tflite.safetensors", partial(record_file, DEMO_TFLITE)
     for name, options in EXPORTS.items():
         yield PARITY / f"{name}.safetensors", partial(record_export, **options)
     for folder in (*(PARITY / name for name in fixtures.FIXTURES), DEMO):

@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,13 +140,6 @@ class Recording:
         if not tensors:
             raise GoldenError(f"the golden file has no tensor of the stage {stage}")
         return tensors
-
-    def only(self, stages: Iterable[str]) -> Recording:
-        """Of these stages alone. Raises GoldenError for one that was not recorded."""
-        for stage in stages:
-            if stage not in self.stages:
-                raise GoldenError(f"the golden file has no stage {stage}, only {', '.join(self.stages)}")
-        return replace(self, stages={stage: self.stages[stage] for stage in stages})
 
     def write(self, path: Path) -> None:
         """Whole or not at all."""

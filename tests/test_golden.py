@@ -161,7 +161,7 @@ def test_only_the_stages_asked_for_are_compared(capsys):
     assert names == ["decoder"]
     files = [str(PARITY / name) for name in ("equal_heads", "tflite_whole.safetensors")]
     assert main(["compare", *files, "--stages", "text"]) == 1
-    assert "has no stage text, only seconds, " in capsys.readouterr().err
+    assert "the stage text was not recorded, only seconds, " in capsys.readouterr().err
 
 
 def test_conformance_shows_each_stage_in_each_precision(capsys):
@@ -169,7 +169,9 @@ def test_conformance_shows_each_stage_in_each_precision(capsys):
     assert main(["conformance", *files, "--stages", "text", "velocity", "--precision", "float32", "bfloat16"]) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("text", "velocity"))]
     off = {(stage, precision): float(relative_rms) for stage, precision, _, relative_rms, _ in table}
-    assert len(off) == 4 and all(off[stage, "float32"] < 5e-6 < off[stage, "bfloat16"] for stage in ("text", "velocity"))
+    assert len(off) == 4 and all(
+        off[stage, "float32"] < 5e-6 < off[stage, "bfloat16"] for stage in ("text", "velocity")
+    )
 
 
 def test_a_missing_package_is_one_line(monkeypatch, capsys):
