@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,9 @@ def litert_route(module: nn.Module, sample: tuple[torch.Tensor, ...], output: Pa
         "int8-weights": quant_recipes.full_weight_only_recipe,
     }
     config = recipes[precision]() if precision in recipes else None
-    litert_torch.convert(module, sample, quant_config=config).export(str(output))
-    if precision == "int4-weights":
-        # litert-torch has no recipe for it, its quantizer has
-        quantised = quantizer.Quantizer(str(output), recipe.weight_only_wi4_afp32()).quantize()
-        quantised.export_model(str(output), overwrite=True)
+    with redirect_stdout(io.StringIO()):  # a line for each of its steps
+        litert_torch.convert(module, sample, quant_config=config).export(str(output))
+        if precision == "int4-weights":
+            # litert-torch has no recipe for it, its quantizer has
+            quantised = quantizer.Quantizer(str(output), recipe.weight_only_wi4_afp32()).quantize()
+            quantised.export_model(str(output), overwrite=True)
