@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 
 from .errors import BackendError
@@ -12,11 +13,12 @@ from .errors import BackendError
 SWITCH = "MLX_AUDIO_NATIVE_OPENBLAS"
 
 
+@cache
 def prefer_openblas() -> bool:
     """Let MLX call an installed OpenBLAS in place of the slow reference BLAS that its CPU wheel brings.
 
     Works only before mlx.core is first imported: symbols loaded globally by then win over the wheel's own. The
-    environment variable MLX_AUDIO_NATIVE_OPENBLAS=0 switches it off. Returns whether OpenBLAS was loaded.
+    environment variable MLX_AUDIO_NATIVE_OPENBLAS=0 switches it off. Returns whether OpenBLAS was loaded, also later.
     """
     if sys.platform != "linux" or os.environ.get(SWITCH) == "0" or "mlx.core" in sys.modules:
         return False

@@ -5,21 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
 import re
 import secrets
+import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib import import_module
 from itertools import chain, count, islice
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import MlxAudioError, __version__
 from .errors import InputError
@@ -108,7 +109,10 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
 
 def info(args: argparse.Namespace) -> None:
     if args.path.is_dir():
-        info_model(args.path)
+        from .info import describe
+
+        for line in describe(args.path):
+            print(line)
     else:
         info_clip(args.path)
 
@@ -118,45 +122,6 @@ def info_clip(path: Path) -> None:
 
     for name, value in asdict(read_recipe(path)).items():
         print(f"{name + ':':17}{value!r}")  # repr: a stranger's file must not steer the terminal
-
-
-def info_model(folder: Path) -> None:
-    from .config import TEXT_ENCODER, read_config
-    from .names import PREFIXES
-    from .sampling import DEFAULTS
-    from .tensorfile import open_tensors
-
-    files = [folder / "model.safetensors"]
-    tensors = open_tensors(files[0])
-    parts = [part for part, prefix in PREFIXES.items() if any(name.startswith(prefix) for name in tensors)]
-    config = read_config(folder, parts)
-    if (beside := folder / TEXT_ENCODER / "model.safetensors").is_file():
-        files.append(beside)
-        tensors |= {PREFIXES["conditioner"] + name: tensor for name, tensor in open_tensors(beside).items()}
-    for file in files:
-        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
-    for part in parts:
-        parameters: Counter[str] = Counter()
-        for name, tensor in tensors.items():
-            if name.startswith(PREFIXES[part]):
-                parameters[tensor.dtype] += math.prod(tensor.shape)
-        print(f"{part}: " + ", ".join(f"{number:,} parameters in {dtype}" for dtype, number in parameters.items()))
-    if config.conditioning:
-        t5 = config.prompt.t5_config
-        print(f"text: up to {config.prompt.max_length} tokens, T5 of {t5.num_layers} layers, {t5.d_model} wide")
-        for number in config.numbers:
-            print(f"{number.id}: {number.min:g} to {number.max:g}")
-    if config.dit:
-        dit = config.dit
-        print(
-            f"transformer: {dit.depth} layers, {dit.embed_dim} wide, {dit.num_heads} heads, objective {dit.objective}"
-        )
-        default = DEFAULTS[dit.objective]
-        print(f"defaults: {default.steps} steps of {default.sampler}, cfg scale {default.cfg_scale:g}")
-    if config.autoencoder:
-        window = config.autoencoder.decoded_frames(config.latent_length) / config.sample_rate
-        print(f"audio: {config.sample_rate} Hz, {config.audio_channels} channels, up to {window:.3f} s")
-        print(f"latents: {config.autoencoder.decoder.latent_dim} channels, {config.downsampling_ratio} frames each")
 
 
 def extract_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,14 +134,48 @@ def extract_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def extract(args: argparse.Namespace) -> None:
-    extraction = _extraction()
-    try:
-        report = extraction.extract(args.path, args.output, args.tokenizer, not args.no_check, args.overwrite)
-    except extraction.ExtractionError as error:
-        for line in error.details:
-            print(line, file=sys.stderr)
-        raise MlxAudioError(error.problem) from error
+    function = _extraction().extract
+    report = _extracted(function, args.path, args.output, args.tokenizer, not args.no_check, args.overwrite)
     print("\n".join([*report.lines(), f"{args.output}: written"]))
+
+
+def convert_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a checkpoint's folder or hub id, or a folder with a model's .tflite files")
+    add("--output", type=Path, metavar="DIR", required=True, help="the model folder to write")
+    add("--dtype", metavar="NAME", help="float16, bfloat16 or float32 (default: as each weight is stored)")
+    add("--q-bits", type=int, choices=(8, 4), help="quantise the dense layers of T5 and transformer")
+    add("--q-group-size", type=int, choices=(32, 64, 128), default=64, help="weights to a scale (default: 64)")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text-encoder", metavar="DIR|ID", help="a T5's folder or hub id, if SOURCE has none or another")
+    text.add_argument("--conditioners", type=Path, metavar="FILE.tflite", help="take T5 from an export of conditioners")
+    add("--tokenizer", type=Path, metavar="spiece.model", help="where neither T5 nor SOURCE has one beside it")
+    add("--overwrite", action="store_true", help="replace a model folder")
+
+
+def convert(args: argparse.Namespace) -> None:
+    from . import hub
+    from .config import read_config_json
+    from .convert import Recovered, convert
+    from .quantization import Quantization
+    from .weights import WEIGHTS, open_checkpoint
+
+    quantization = Quantization(args.q_bits, args.q_group_size) if args.q_bits else None
+    model, text_encoder = hub.resolve(args.source), args.text_encoder
+    with tempfile.TemporaryDirectory() as scratch:
+        if any(model.glob("*.tflite")) and not (model / WEIGHTS).exists():
+            config, tensors, report = _extracted(_extraction("arm").read, model)
+            print("\n".join(report.lines()))
+            model = Recovered(model, sorted(model.glob("*.tflite")), config, tensors)
+        if path := args.conditioners:
+            # through a folder, so that what was recovered is checked and need not stay in memory
+            folder = Path(scratch) / "conditioner"
+            report = _extracted(_extraction().extract, path, folder)
+            print("\n".join(report.lines()))
+            text_encoder = Recovered(path.absolute().parent, [path], read_config_json(folder), open_checkpoint(folder))
+        lines = convert(model, args.output, args.dtype, quantization, text_encoder, args.tokenizer, args.overwrite)
+    print("\n".join(lines))
+    _log_machine()
 
 
 def inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -189,18 +188,29 @@ def inspect(args: argparse.Namespace) -> None:
     print(json.dumps(report.as_json(), indent=2) if args.json else "\n".join(report.lines()))
 
 
-def _extraction() -> ModuleType:
+def _extraction(module: str = "") -> ModuleType:
     try:
         import tflite  # noqa: F401
     except ImportError as error:
         raise InputError("reading .tflite files takes an extra: pip install '.[extract]' in the clone") from error
-    import extraction
+    return import_module(f"extraction.{module}" if module else "extraction")
 
-    return extraction
+
+def _extracted(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of `extraction` returns; lines that show what is wrong go before the error's sentence."""
+    from extraction import ExtractionError
+
+    try:
+        return function(*arguments)
+    except ExtractionError as error:
+        for line in error.details:
+            print(line, file=sys.stderr)
+        raise MlxAudioError(error.problem) from error
 
 
 COMMANDS = (
     Command("generate", "a prompt in, a WAV out", generate_arguments, generate),
+    Command("convert", "a published checkpoint as one model folder", convert_arguments, convert),
     Command("extract", "a .tflite file's conditioners as part of a model folder", extract_arguments, extract),
     Command("inspect", "what a .tflite file holds", inspect_arguments, inspect),
     Command("info", "what made a clip, or what a model folder holds", info_arguments, info),
@@ -252,4 +262,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, leaving nothing half-written
     sys.exit(main())

@@ -15,6 +15,7 @@ from .conditioning import ConditioningConfig, NumberConfig, PromptConfig
 from .dit import DiTConfig
 from .errors import ConfigError
 from .oobleck import AutoencoderConfig
+from .quantization import Quantization
 from .schema import REQUIRED, Section, check, nearest, read_json
 
 PARTS = ("conditioner", "dit", "autoencoder")
@@ -31,6 +32,7 @@ class ModelConfig:
     conditioning: ConditioningConfig | None
     dit: DiTConfig | None
     autoencoder: AutoencoderConfig | None
+    quantization: Quantization | None = None
 
     @classmethod
     def from_dict(
@@ -50,7 +52,9 @@ class ModelConfig:
         sample_rate = top.size("sample_rate", REQUIRED if sounding else 44100)
         sample_size = top.size("sample_size", REQUIRED if sounding else 1, most=2**40)
         audio_channels = top.size("audio_channels", 2)
-        top.without_effect("training", "demo")
+        quantised = top.take("quantization", dict, None)
+        quantization = None if quantised is None else Quantization.read(Section(quantised, "config.quantization"))
+        top.without_effect("training", "demo", "provenance")
         model = Section(top.take("model", dict), "model")
         top.done()
 
@@ -66,7 +70,7 @@ class ModelConfig:
             autoencoder = AutoencoderConfig.read(model.section("pretransform"))
         model.without_effect("conditioning", "diffusion", "pretransform", "io_channels")
         model.done()
-        config = cls(sample_rate, sample_size, audio_channels, conditioning, dit, autoencoder)
+        config = cls(sample_rate, sample_size, audio_channels, conditioning, dit, autoencoder, quantization)
         config._check_between_parts()
         return config
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 import warnings
@@ -23,7 +22,8 @@ from .dit import Prepared
 from .errors import InputError, MlxAudioError
 from .request import Clip, Request, check_request
 from .sampling import State, Velocity, clip_noise, guided, sample_noise
-from .weights import load_parts
+from .tensorfile import sha256
+from .weights import WEIGHTS, load_parts
 
 DEMO = Path(__file__).parent / "demo"
 log = logging.getLogger(__name__)
@@ -50,11 +50,7 @@ class Model:
     @cached_property
     def sha256(self) -> str:
         """Of the folder's model.safetensors, in hexadecimal."""
-        digest = hashlib.sha256()
-        with open(self.folder / "model.safetensors", "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        return sha256(self.folder / WEIGHTS)
 
     def generate(
         self,
@@ -82,13 +78,13 @@ class Model:
             seed=seed,
             sampler=sampler,
         )
-        with _stage("text and seconds"):
+        with stage("text and seconds"):
             velocity = self.velocity(request)
-        with _stage("sampling"):
+        with stage("sampling"):
             for state in tqdm(self._denoise(request, velocity), total=request.steps, disable=None, leave=False):
                 mx.eval(state.latents)
         _require_finite(state.latents, "latents")
-        with _stage("decoding"):
+        with stage("decoding"):
             samples = self._decode(state.latents, max(clip.frames for clip in request.clips))
         _require_finite(samples, "samples")
         clips = [
@@ -194,7 +190,7 @@ def _embedded() -> Model:
 
 
 @contextmanager
-def _stage(name: str) -> Iterator[None]:
+def stage(name: str) -> Iterator[None]:
     """Logs how long a stage took, and gives back the memory that it alone needed."""
     start = time.perf_counter()
     yield

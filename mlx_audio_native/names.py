@@ -77,12 +77,21 @@ Convert = Callable[[mx.array], mx.array]
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter: its own name, the name and shape it is stored under, and how the stored layout becomes ours."""
+    """A parameter: its own name, the name and shape it is stored under, and how the stored layout becomes ours.
+
+    `packed` are a quantised layer's bits, which have no other dtype.
+    """
 
     target: str
     source: str
     shape: tuple[int, ...]
     convert: Convert | None
+    packed: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether fewer bits than float32 would shift the time."""
+        return self.target == "timestep_frequencies" or self.target.startswith("numbers.")
 
 
 def entries(module: Conditioner | DiT | Autoencoder) -> Iterator[Entry]:
@@ -90,7 +99,8 @@ def entries(module: Conditioner | DiT | Autoencoder) -> Iterator[Entry]:
     owners = dict(module.named_modules())
     for target, array in tree_flatten(module.parameters()):
         path = target.rpartition(".")[0]
-        yield Entry(target, _source(module, target), *_stored_layout(owners[path], target, array.shape))
+        layout = _stored_layout(owners[path], target, array.shape)
+        yield Entry(target, source(module, target), *layout, packed=array.dtype == mx.uint32)
 
 
 def t5_prefix(prompt_id: str) -> str:
@@ -103,7 +113,8 @@ def number_prefix(number_id: str) -> str:
     return f"{_CONDITIONERS}{number_id}.embedder.embedding."
 
 
-def _source(module: nn.Module, target: str) -> str:
+def source(module: Conditioner | DiT | Autoencoder, target: str) -> str:
+    """The stored name of a part's parameter."""
     if isinstance(module, DiT):
         return "model.model." + _rename(target, _DIT_NAMES)
     if isinstance(module, Autoencoder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -57,6 +58,22 @@ class T5Config:
         check(name in _NAMED, f"unknown t5_model_name {name!r:.60}{nearest(name, list(_NAMED))}")
         d_model, d_kv, d_ff, num_layers, num_heads, gated = _NAMED[name]
         return cls(32128, d_model, d_kv, d_ff, num_layers, num_heads, gated)
+
+    def as_json(self) -> dict[str, Any]:
+        """As Hugging Face writes it; what `read` takes."""
+        return {
+            "model_type": "t5",
+            "vocab_size": self.vocab_size,
+            "d_model": self.d_model,
+            "d_kv": self.d_kv,
+            "d_ff": self.d_ff,
+            "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "feed_forward_proj": "gated-gelu" if self.gated else "relu",
+            "relative_attention_num_buckets": self.num_buckets,
+            "relative_attention_max_distance": self.max_distance,
+            "layer_norm_epsilon": self.epsilon,
+        }
 
     @classmethod
     def read(cls, section: Section) -> T5Config:

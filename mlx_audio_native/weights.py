@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .blas import prefer_openblas
 from .conditioning import Conditioner
 from .config import PARTS, TEXT_ENCODER, ModelConfig, read_config
 from .dit import DiT
@@ -24,17 +25,17 @@ from .errors import ConfigError, InputError, TokenizerError, WeightsError
 from .names import PREFIXES, Entry, entries, number_prefix, t5_prefix
 from .oobleck import Autoencoder
 from .schema import nearest
-from .tensorfile import Stored, open_tensors, write_tensors
+from .tensorfile import PACKED, Stored, open_tensors, require_finite, write_tensors
 from .tokenizer import Tokenizer
 
+WEIGHTS = "model.safetensors"
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 _REFERENCE_FREQUENCIES = 128
+_NAMED = 12  # of tensors without a place
 # ignored: the rotary buffer follows from the head size, and of T5 only the encoder is used
 _INV_FREQ = "model.model.transformer.rotary_pos_emb.inv_freq"
 _T5_DECODER = ("decoder.", "lm_head.")
-# in half precision they would shift the time
-_ALWAYS_FLOAT32 = ("timestep_frequencies",)
 
 
 @dataclass(frozen=True)
@@ -70,87 +71,103 @@ def load_parts(
         default = mx.float32 if on_cpu or part == "conditioner" else mx.float16
         wanted = _DTYPES[dtype] if dtype and part != "conditioner" else default
         module.load_weights([(entry.target, _read(entry, stored, wanted)) for entry in entries(module)], strict=True)
-        if on_cpu:
+        if on_cpu and not prefer_openblas():
             module.apply_to_modules(_suit_plain_blas)
-    tokenizer = _read_tokenizer((folder, text_encoder), config) if config.conditioning else None
+    tokenizer = _find_tokenizer((folder, text_encoder), config) if config.conditioning else None
     return Parts(config, tokenizer, *(modules.get(part) for part in PARTS))
 
 
 def read_tensors(folder: Path | str, parts: Sequence[str] = PARTS) -> dict[str, mx.array]:
     """A folder's tensors under their names in a model folder, weight norm fused; checked as `load_parts` does."""
     _, modules, stored = _open(Path(folder), parts, Path(folder) / TEXT_ENCODER)
-    return {entry.source: _read_stored(entry, stored) for module in modules.values() for entry in entries(module)}
+    return {entry.source: stored[entry.source].read() for module in modules.values() for entry in entries(module)}
 
 
 def save(
     folder: Path | str,
     config: dict[str, Any],
-    tensors: Mapping[str, mx.array | np.ndarray],
+    tensors: Mapping[str, mx.array | np.ndarray | Stored],
     spiece: Path | str | None = None,
     overwrite: bool = False,
+    others: Mapping[str, Path] | None = None,
 ) -> None:
-    """Write a model folder, whole or not at all.
+    """Write a model folder, whole or not at all, also when interrupted.
 
     `config` is the model config as JSON; `tensors` go by their names in a model folder, weight norm fused, and are all
-    that the config asks for of the parts they belong to. Raises InputError for a folder that exists, unless
-    `overwrite`, and ConfigError or WeightsError.
+    that the config asks for of the parts they belong to; `others` are files to put beside them, by name. Raises
+    InputError for a folder that exists, unless `overwrite`, and ConfigError or WeightsError.
     """
     folder = Path(folder)
     if folder.exists() and not overwrite:
         raise InputError(f"{folder} exists already; ask for it to be overwritten, or choose another name")
     parts = [part for part, prefix in PREFIXES.items() if any(name.startswith(prefix) for name in tensors)]
     shapes = {name: tuple(array.shape) for name, array in tensors.items()}
-    modules = _build(ModelConfig.from_dict(config, parts), shapes)
-    _check(
-        [entry for module in modules.values() for entry in entries(module)], shapes, lambda name: "what is to be saved"
-    )
+    place(ModelConfig.from_dict(config, parts), shapes, lambda name: "what is to be saved")
     try:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             new, old = Path(scratch) / "new", Path(scratch) / "old"
             new.mkdir()
-            write_tensors(new / "model.safetensors", tensors)
+            write_tensors(new / WEIGHTS, tensors)
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            if spiece is not None:
-                shutil.copyfile(spiece, new / "spiece.model")
-            if folder.exists():
-                folder.rename(old)
+            for name, path in {**(others or {}), **({} if spiece is None else {"spiece.model": spiece})}.items():
+                shutil.copyfile(path, new / name)
             try:
+                if folder.exists():
+                    folder.rename(old)
                 new.rename(folder)
-            except OSError:
+            except BaseException:
                 if old.exists():
                     old.rename(folder)
                 raise
     except OSError as error:
-        raise WeightsError(f"cannot write {folder}: {error}") from None
+        raise WeightsError(f"cannot write {folder}: {error.strerror or error}") from None
 
 
 def _open(
     folder: Path, parts: Sequence[str], text_encoder: Path
 ) -> tuple[ModelConfig, dict[str, nn.Module], dict[str, Stored]]:
     """Config, unfilled modules and stored tensors of the parts. Names and shapes are checked, nothing big is read."""
-    main = folder / "model.safetensors"
-    _refuse_pickles(folder, main)
+    main = t5_file = folder / WEIGHTS
+    refuse_pickles(folder)
     config = read_config(folder, parts, text_encoder)
-    stored = open_tensors(main)
-    t5_file = main
+    stored = open_checkpoint(folder)
     t5 = t5_prefix(config.prompt.id) if config.conditioning else None
     if t5 and not any(name.startswith(t5) for name in stored):
-        t5_file = text_encoder / "model.safetensors"
-        stored |= {t5 + name: tensor for name, tensor in _open_text_encoder(t5_file).items()}
+        t5_file = text_encoder / WEIGHTS
+        stored |= {t5 + name: tensor for name, tensor in open_text_encoder(text_encoder).items()}
     others = tuple(prefix for part, prefix in PREFIXES.items() if part not in parts)
     stored = {name: tensor for name, tensor in stored.items() if not name.startswith(others)}
-    stored.pop(_INV_FREQ, None)
     if t5:
         _drop_tied_copy(stored, t5)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    modules = _build(config, shapes)
-    expected = [entry for module in modules.values() for entry in entries(module)]
-    _check(expected, shapes, lambda name: t5_file if t5 and name.startswith(t5) else main)
+    modules = place(config, shapes, lambda name: t5_file if t5 and name.startswith(t5) else main)
     return config, modules, stored
 
 
-def _refuse_pickles(folder: Path, main: Path) -> None:
-    found = [folder] if folder.is_file() else sorted(folder.glob("*")) if not main.is_file() else []
+def open_checkpoint(folder: Path) -> dict[str, Stored]:
+    """The tensors of a folder's model.safetensors that carry weights. Raises WeightsError."""
+    refuse_pickles(folder)
+    stored = open_tensors(folder / WEIGHTS)
+    stored.pop(_INV_FREQ, None)
+    return stored
+
+
+def open_text_encoder(folder: Path) -> dict[str, Stored]:
+    """The encoder's tensors of a Hugging Face T5's folder, under its own names. Raises WeightsError."""
+    main = folder / WEIGHTS
+    refuse_pickles(folder)
+    if not main.is_file():
+        raise WeightsError(
+            f"no text encoder here: put T5's config.json, model.safetensors and spiece.model into {folder}"
+        )
+    stored = {name: tensor for name, tensor in open_tensors(main).items() if not name.startswith(_T5_DECODER)}
+    _drop_tied_copy(stored, "")
+    return stored
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise WeightsError for a folder whose weights are a pickle alone, or for a pickle itself."""
+    found = [folder] if folder.is_file() else [] if (folder / WEIGHTS).is_file() else sorted(folder.glob("*"))
     for path in found:
         if path.suffix in _PICKLES:
             raise WeightsError(
@@ -158,14 +175,6 @@ def _refuse_pickles(folder: Path, main: Path) -> None:
                 "offers beside it, or make one in a sandbox with torch.load(…, weights_only=True) and "
                 "safetensors.torch.save_file"
             )
-
-
-def _open_text_encoder(path: Path) -> dict[str, Stored]:
-    if not path.is_file():
-        raise WeightsError(
-            f"no text encoder here: put T5's config.json, model.safetensors and spiece.model into {path.parent}"
-        )
-    return {name: tensor for name, tensor in open_tensors(path).items() if not name.startswith(_T5_DECODER)}
 
 
 def _drop_tied_copy(stored: dict[str, Stored], t5: str) -> None:
@@ -190,6 +199,21 @@ def _build(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     return modules
 
 
+def place(
+    config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], where: Callable[[str], object]
+) -> dict[str, nn.Module]:
+    """The config's parts, unfilled, for which tensors of these names and shapes are exactly what is needed.
+
+    `where` says for an error where a name belongs. Raises WeightsError.
+    """
+    modules = _build(config, shapes)
+    if config.quantization:
+        for part, module in modules.items():
+            config.quantization.apply(part, module)
+    _check([entry for module in modules.values() for entry in entries(module)], shapes, where)
+    return modules
+
+
 def _check(expected: Iterable[Entry], shapes: Mapping[str, tuple[int, ...]], where: Callable[[str], object]) -> None:
     """Refuse tensors that are missing, of another shape, or without a place; `where` says where a name belongs."""
     wanted = {entry.source: entry.shape for entry in expected}
@@ -201,29 +225,28 @@ def _check(expected: Iterable[Entry], shapes: Mapping[str, tuple[int, ...]], whe
         name = missing[0]
         raise WeightsError(f"{where(name)} lacks the tensor {name!r}, expected {wanted[name]}{others}{near}")
     if unknown:
-        others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        name = unknown[0]
-        raise WeightsError(f"{where(name)} has the tensor {name!r}{others}, for which this model has no place")
+        named = ", ".join(map(repr, unknown[:_NAMED]))
+        others = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
+        raise WeightsError(f"{where(unknown[0])} has tensors for which this model has no place: {named}{others}")
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise WeightsError(f"tensor {name!r} in {where(name)} is {shapes[name]}, expected {shape}")
 
 
-def _read_stored(entry: Entry, stored: Mapping[str, Stored]) -> mx.array:
-    tensor = stored[entry.source]
-    array = tensor.read()
-    _require_finite(array, entry, tensor)
-    return array
-
-
 def _read(entry: Entry, stored: Mapping[str, Stored], dtype: mx.Dtype) -> mx.array:
     """A parameter from its stored tensor."""
-    array = _read_stored(entry, stored)
+    tensor = stored[entry.source]
+    if (tensor.dtype == PACKED) != entry.packed:
+        expected = PACKED if entry.packed else "a float"
+        raise WeightsError(f"tensor {entry.source!r} in {tensor.file} is {tensor.dtype}, expected {expected}")
+    array = tensor.read()
+    if entry.packed:
+        return array
     value = entry.convert(array.astype(mx.float32)) if entry.convert else array
-    value = mx.contiguous(value.astype(mx.float32 if entry.target in _ALWAYS_FLOAT32 else dtype))
+    value = mx.contiguous(value.astype(mx.float32 if entry.exact else dtype))
     mx.eval(value)  # so that the stored form is let go before the next one is read
     if entry.convert or value.dtype != array.dtype:
-        _require_finite(value, entry, stored[entry.source])
+        require_finite(value, entry.source, tensor.file)
     return value
 
 
@@ -234,20 +257,14 @@ def _suit_plain_blas(_: str, module: nn.Module) -> None:
         mx.eval(module.weight)
 
 
-def _require_finite(array: mx.array, entry: Entry, tensor: Stored) -> None:
-    # NumPy, because on a CPU it is ten times as fast as MLX at this; it knows no bfloat16
-    values = np.asarray(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
-    if not np.isfinite(values).all():
-        dtype = str(array.dtype).split(".")[-1]
-        raise WeightsError(f"tensor {entry.source!r} in {tensor.file} has values that are not finite in {dtype}")
+def _find_tokenizer(folders: Sequence[Path], config: ModelConfig) -> Tokenizer | None:
+    paths = [path for folder in folders if (path := folder / "spiece.model").is_file()]
+    return read_tokenizer(paths[0], config) if paths else None
 
 
-def _read_tokenizer(folders: Sequence[Path], config: ModelConfig) -> Tokenizer | None:
-    for path in (folder / "spiece.model" for folder in folders):
-        if path.is_file():
-            tokenizer = Tokenizer(path, config.prompt.encode_length)
-            if len(tokenizer) > config.prompt.t5_config.vocab_size:
-                rows = config.prompt.t5_config.vocab_size
-                raise TokenizerError(f"{path} has {len(tokenizer)} pieces, T5's table only {rows} rows")
-            return tokenizer
-    return None
+def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+    """A model's tokenizer. Raises TokenizerError, also for one that knows more pieces than T5."""
+    tokenizer, rows = Tokenizer(path, config.prompt.encode_length), config.prompt.t5_config.vocab_size
+    if len(tokenizer) > rows:
+        raise TokenizerError(f"{path} has {len(tokenizer)} pieces, T5's table only {rows} rows")
+    return tokenizer
