@@ -28,7 +28,7 @@ def draw(rng: random.Random) -> sounds.Clip:
     if clip.kind in sounds.TONES and rng.random() < 0.75:
         low, high = rng.choice(((12, 131), (33, 86)))
         note, cents = sounds.draw_detuned(rng, low, high)
-        return replace(clip, note=note, cents=cents)
+        return replace(clip, note=note, cents=cents * rng.choice((0, 1)))
     return clip
 
 
