@@ -25,6 +25,7 @@ from .recording import (
     HEADER,
     PARITY,
     TF32_BOUND,
+    TF32_SAMPLING_BOUND,
     GoldenError,
     Recording,
     Row,
@@ -218,7 +219,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_golden_arguments(parser)
     parser.epilog = (
         f"Exit status 1 if a row is not OK. With {TF32}=1 in the environment a GPU may multiply in TF32; all rows but "
-        f"tokens and seconds are then held to {TF32_BOUND.measure} {TF32_BOUND.limit:g}."
+        f"tokens and seconds are then held to {TF32_BOUND.measure} {TF32_BOUND.limit:g}, sampling and clip to "
+        f"{TF32_SAMPLING_BOUND.limit:g}."
     )
 
 
@@ -245,7 +247,7 @@ def run(args: argparse.Namespace) -> int:
     print(where())
     failed: dict[str, int] = {}
     for golden in goldens:
-        print("", *describe(model, golden), "", HEADER, sep="\n")
+        print("", *describe(model.folder, golden), "", HEADER, sep="\n")
         for row in compare(model, golden):
             print(row, flush=True)
             if not row.ok:
@@ -265,15 +267,15 @@ def where() -> str:
     return f"MLX {mx.__version__}, {device}, TF32 {'on, so the bounds are wider' if tf32 else 'off'}"
 
 
-def describe(model: Any, golden: Recording) -> Iterator[str]:
+def describe(folder: Path, golden: Recording) -> Iterator[str]:
     """What is compared with what."""
     for key, value in sorted(golden.provenance.items()):
         yield f"golden {key}: {value}"
     told = ""
     if "sha256" in golden.provenance:
-        same = sha256(model.folder / "model.safetensors") == golden.provenance["sha256"]
+        same = sha256(folder / "model.safetensors") == golden.provenance["sha256"]
         told = f", {'' if same else 'not '}the file recorded from"
-    yield f"model: {model.folder}{told}"
+    yield f"model: {folder}{told}"
     for stage, precision in golden.stages.items():
         if precision != "float32":
             yield f"{stage}: recorded from {precision} weights, so the bound is {bound_of(stage, precision).limit:g}"

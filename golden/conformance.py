@@ -3,53 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .compare import add_golden_arguments, asked_for, compare, describe, parts_for, where
-from .recording import Recording, Row
+from .recording import DEMO, Recording, Row
 
-_GROUP = 64
-
-
-def _quantise(weight: Any, bits: int) -> Any:
-    """A weight as `bits` bits a value, in groups of 64 with a scale and an offset, would give it back."""
-    import mlx.core as mx
-
-    rows = weight.reshape(len(weight), -1)
-    if rows.shape[1] % _GROUP:
-        return weight
-    return mx.dequantize(*mx.quantize(rows, _GROUP, bits), _GROUP, bits).reshape(weight.shape)
+_GROUP_SIZE = 64
+PRECISIONS = ("float32", "float16", "bfloat16", "8-bit", "4-bit")
 
 
-def _change_weights(module: Any, change: Callable[[Any], Any]) -> None:
-    from mlx.utils import tree_map
-
-    module.update(tree_map(lambda array: change(array) if array.ndim > 1 else array, module.parameters()))
-
-
-def _load(folder: Path | None, parts: list[str], precision: str) -> Any:
-    """The model in a precision. The conditioner always computes in float32, from weights that were rounded."""
+def _load(folder: Path, parts: list[str], precision: str) -> Any:
+    """The model as converted to a precision and loaded again; its conditioner computes in float32 all the same."""
     import mlx.core as mx
 
     from mlx_audio_native import load
+    from mlx_audio_native.convert import convert
+    from mlx_audio_native.quantization import Quantization
 
+    dtype, quantization = precision, None
     if precision.endswith("-bit"):
-        model = load(folder, parts=parts, dtype="float32")
-        for part in parts:
-            _change_weights(getattr(model, part), lambda weight: _quantise(weight, int(precision[0])))
-        return model
-    model = load(folder, parts=parts, dtype=precision)
-    if "conditioner" in parts:
-        dtype = getattr(mx, precision)
-        _change_weights(model.conditioner, lambda weight: weight.astype(dtype).astype(mx.float32))
+        dtype, quantization = "float32", Quantization(int(precision[0]), _GROUP_SIZE)
+    with tempfile.TemporaryDirectory() as scratch:
+        converted = Path(scratch) / "converted"
+        convert(folder, converted, dtype, quantization)
+        model = load(converted, parts=parts, dtype=dtype)
+        mx.eval([getattr(model, part).parameters() for part in parts])  # before the file goes
     return model
-
-
-PRECISIONS = ("float32", "float16", "bfloat16", "8-bit", "4-bit")
 
 
 def _one_sampling(golden: Recording) -> Recording:
@@ -76,14 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     goldens = [_one_sampling(golden) for golden in asked_for(args)]
+    folder = args.folder or DEMO
     print(where())
     for golden in goldens:
-        for index, precision in enumerate(args.precision):
+        print("", *describe(folder, golden), "", sep="\n")
+        print(f"{'stage':<14}{'precision':<11}{'max abs':>10}{'rel rms':>10}{'cosine':>14}")
+        for precision in args.precision:
             start = time.perf_counter()
-            model = _load(args.folder, parts_for([golden]), precision)
-            if index == 0:
-                print("", *describe(model, golden), "", sep="\n")
-                print(f"{'stage':<14}{'precision':<11}{'max abs':>10}{'rel rms':>10}{'cosine':>14}")
+            model = _load(folder, parts_for([golden]), precision)
             for row in worst(list(compare(model, golden))):
                 if row.stage != "tokens":
                     figures = f"{row.max_abs:10.1e}{row.relative_rms:10.1e}{row.cosine:14.9f}"

@@ -13,9 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .recording import PARITY, GoldenError, Recording, bound_of, hold, sha256
+from .recording import DEMO, PARITY, GoldenError, Recording, bound_of, hold, sha256
 
-DEMO = Path(__file__).parent.parent / "mlx_audio_native" / "demo"
 DEMO_TFLITE = PARITY.parent / "demo_conditioners_float32.tflite"
 EXPORTED = PARITY / "equal_heads"
 # the stored goldens of TFLite files, and how `export_model` makes those of the model EXPORTED

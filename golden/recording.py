@@ -23,6 +23,7 @@ from mlx_audio_native.schema import Section, check
 
 FORMAT = "mlx-audio-native golden 2"
 PARITY = Path(__file__).parent / "data" / "parity"
+DEMO = Path(__file__).parent.parent / "mlx_audio_native" / "demo"
 INPUT = "input"
 # made end to end, it is the decoder's audio: both start from the same noise
 CLIP, AUDIO = "clip.audio", "decoder.audio"
@@ -53,16 +54,19 @@ BOUNDS = {
     "clip": Bound(1e-3, "rel rms"),
 }
 # recorded from weights in fewer bits, which another engine need not round alike
-PRECISIONS = {"float16": Bound(5e-3, "rel rms"), "int8": Bound(5e-2, "rel rms")}
-# compared where matrix products round what they multiply to 11 bits, as float16 does
-TF32_BOUND = Bound(1e-2, "rel rms")
-_NO_PRODUCT = ("tokens", "seconds")
+# (dynamic int8 rounds what it multiplies too: a trained model's own weights are then 6e-2 off the interpreter)
+PRECISIONS = {"float16": Bound(5e-3, "rel rms"), "int8": Bound(1e-1, "rel rms")}
+# compared where products round what they multiply to 11 bits, as float16 does; sampling adds the errors of its steps up
+TF32_BOUND, TF32_SAMPLING_BOUND = Bound(1e-2, "rel rms"), Bound(1e-1, "rel rms")
+_NO_PRODUCT, _SAMPLED = ("tokens", "seconds"), ("sampling", "clip")
 
 
 def bound_of(stage: str, precision: str = "float32", tf32: bool = False) -> Bound:
     """For a stage recorded from weights of a precision, and compared with or without TF32."""
     bound = PRECISIONS.get(precision, BOUNDS[stage])
-    return max(bound, TF32_BOUND) if tf32 and stage not in _NO_PRODUCT else bound
+    if tf32 and stage not in _NO_PRODUCT:
+        return max(bound, TF32_SAMPLING_BOUND if stage in _SAMPLED else TF32_BOUND)
+    return bound
 
 
 @dataclass(frozen=True)
