@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .compare import add_golden_arguments, asked_for, compare, describe, parts_for, where
-from .recording import DEMO, Recording, Row
+from .recording import DEMO, GoldenError, Recording, Row
 
 _GROUP_SIZE = 64
 PRECISIONS = ("float32", "float16", "bfloat16", "8-bit", "4-bit")
@@ -47,10 +48,14 @@ def _one_sampling(golden: Recording) -> Recording:
 
 
 def worst(rows: list[Row]) -> Iterator[Row]:
-    """Of each stage, the row farthest off."""
+    """Of each stage, the row farthest off. Raises GoldenError for a stage that was not made."""
     for stage in dict.fromkeys(row.stage for row in rows):
-        of_stage = [row for row in rows if row.stage == stage and not row.problem]
-        yield max(of_stage, key=lambda row: row.relative_rms)
+        of_stage = [row for row in rows if row.stage == stage]
+        compared = [row for row in of_stage if not row.problem]
+        if not compared:
+            raise GoldenError(f"{of_stage[0].name} {of_stage[0].problem}")
+        # nothing is farther off than what is no number
+        yield max(compared, key=lambda row: (math.isnan(row.relative_rms), row.relative_rms))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
