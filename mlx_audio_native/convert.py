@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,10 +26,11 @@ from .names import Entry, entries, source, t5_prefix
 from .quantization import Quantization
 from .schema import Section, nearest, read_json
 from .t5 import T5Config
-from .tensorfile import PACKED, Stored, described, open_tensors, require_finite, sha256
+from .tensorfile import PACKED, Stored, described, open_tensors, sha256
 from .weights import WEIGHTS, open_checkpoint, open_text_encoder, place, read_tokenizer, refuse_pickles, save
 
 LICENCE = re.compile(r"(licen[cs]e|notice|copying|readme)[^/\\]*", re.IGNORECASE)
+OF_TEXT_ENCODER = f"{TEXT_ENCODER}-"
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _LONG = {short: name for name, short in _DTYPES.items()}
 
@@ -137,7 +138,7 @@ def _as_stored(found: Recovered) -> dict[str, Stored]:
     for name, tensor in found.tensors.items():
         if not isinstance(tensor, Stored):
             dtype, shape, _ = described(name, tensor)
-            tensor = Stored(found.files[0], dtype, shape, partial(mx.array, tensor))
+            tensor = Stored(name, found.files[0], dtype, shape, partial(mx.array, tensor))
         stored[name] = tensor
     return stored
 
@@ -227,40 +228,31 @@ def _plan(
 
 
 def _cast(tensor: Stored, entry: Entry, dtype: str | None) -> Stored:
-    if dtype is None or tensor.dtype == _DTYPES[dtype]:
-        return tensor
     wanted = "float32" if entry.exact else dtype
-    return tensor._replace(
-        dtype=_DTYPES[wanted], read=partial(_narrowed, tensor.read, wanted, entry.source, tensor.file)
-    )
-
-
-def _narrowed(read: Callable[[], mx.array], dtype: str, name: str, file: Path) -> mx.array:
-    array = read().astype(getattr(mx, dtype))
-    require_finite(array, name, file)
-    return array
+    if dtype is None or tensor.dtype == _DTYPES[wanted]:
+        return tensor
+    return tensor._replace(dtype=_DTYPES[wanted], fetch=lambda: tensor.fetch().astype(getattr(mx, wanted)))
 
 
 def _quantised(tensor: Stored, quantization: Quantization, dtype: str | None) -> dict[str, Stored]:
     """The three arrays of a quantised weight, made together when the first of them is asked for."""
-    rows, width = tensor.shape
-    groups = rows, width // quantization.group_size
+    (rows, width), bits, group_size = tensor.shape, quantization.bits, quantization.group_size
     short = _DTYPES[dtype] if dtype else tensor.dtype
     made: dict[str, mx.array] = {}
 
-    def read(name: str) -> mx.array:
+    def fetch(name: str) -> mx.array:
         if not made:
-            weight = tensor.read().astype(mx.float32)
-            made.update(zip(names, mx.quantize(weight, quantization.group_size, quantization.bits), strict=True))
+            made.update(zip(layouts, mx.quantize(tensor.read().astype(mx.float32), group_size, bits), strict=True))
+            mx.eval(made)
         array = made.pop(name)
-        return array if name == "weight" else _narrowed(lambda: array, _LONG[short], name, tensor.file)
+        return array if name == "weight" else array.astype(getattr(mx, _LONG[short]))
 
-    names = {
-        "weight": (PACKED, (rows, width * quantization.bits // 32)),
-        "scales": (short, groups),
-        "biases": (short, groups),
+    groups = rows, width // group_size
+    layouts = {"weight": (PACKED, (rows, width * bits // 32)), "scales": (short, groups), "biases": (short, groups)}
+    return {
+        name: tensor._replace(dtype=dtype, shape=shape, fetch=partial(fetch, name))
+        for name, (dtype, shape) in layouts.items()
     }
-    return {name: Stored(tensor.file, *layout, partial(read, name)) for name, layout in names.items()}
 
 
 def _provenance(files: Sequence[tuple[str, Path]]) -> dict[str, Any]:
@@ -271,7 +263,7 @@ def _provenance(files: Sequence[tuple[str, Path]]) -> dict[str, Any]:
 
 def _licences(folders: Sequence[Path]) -> dict[str, Path]:
     """Licences and notices of the model, and of the T5 that came from elsewhere, by the names they get."""
-    prefixes = ("", *(f"{TEXT_ENCODER}-" for _ in folders[1:]))
+    prefixes = ("", *(OF_TEXT_ENCODER for _ in folders[1:]))
     return {
         prefix + path.name: path
         for prefix, folder in zip(prefixes, folders, strict=True)

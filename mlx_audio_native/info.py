@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import TEXT_ENCODER, read_config, read_config_json
-from .convert import LICENCE
+from .convert import LICENCE, OF_TEXT_ENCODER
 from .names import PREFIXES
 from .sampling import DEFAULTS
 from .tensorfile import PACKED, Stored, open_tensors
@@ -49,7 +49,8 @@ def describe(folder: Path) -> Iterator[str]:
         window = config.autoencoder.decoded_frames(config.latent_length) / config.sample_rate
         yield f"audio: {config.sample_rate} Hz, {config.audio_channels} channels, up to {window:.3f} s"
         yield f"latents: {config.autoencoder.decoder.latent_dim} channels, {config.downsampling_ratio} frames each"
-    licences = sorted(path.name for path in folder.iterdir() if LICENCE.fullmatch(path.name))
+    names = sorted(path.name for path in folder.iterdir())
+    licences = [name for name in names if LICENCE.fullmatch(name.removeprefix(OF_TEXT_ENCODER))]
     yield f"licence: {', '.join(map(ascii, licences)) or 'no file here tells'}"
     yield from _provenance(read_config_json(folder).get("provenance"))
 

@@ -22,14 +22,14 @@ from safetensors import SafetensorError, safe_open
 from .errors import WeightsError
 
 PACKED = "U32"
-# the dtypes that weights may have, and how their bytes are read: NumPy knows no bfloat16
-_READ_AS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, PACKED: np.uint32}
+# the dtypes that weights may have
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2, PACKED: 4}
 _WRITTEN_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": PACKED}
 # of a float's bits: all but its sign, and infinity, from which on they say infinite or NaN
 _FINITE = {
-    "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000),
-    "F16": (np.uint16, 0x7FFF, 0x7C00),
-    "BF16": (np.uint16, 0x7FFF, 0x7F80),
+    mx.float32: (mx.uint32, 0x7FFFFFFF, 0x7F800000),
+    mx.float16: (mx.uint16, 0x7FFF, 0x7C00),
+    mx.bfloat16: (mx.uint16, 0x7FFF, 0x7F80),
 }
 _CACHED = 1 << 16
 # what torch's weight_norm leaves for a `weight`, before and after it became a parametrization: magnitude, direction
@@ -40,32 +40,63 @@ _WEIGHT_NORM = (
 
 
 class Stored(NamedTuple):
-    """A tensor of a file, or one made of several. `dtype` is safetensors' name for what `read` gives.
+    """A tensor of a file, or one made of some. `dtype` is safetensors' name for it.
 
-    `read` raises WeightsError if that is no weight's dtype, or if a value is not finite.
+    `fetch` gives it unevaluated and unchecked; it raises WeightsError if the dtype is none of a weight's.
     """
 
+    name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
-    read: Callable[[], mx.array]
+    fetch: Callable[[], mx.array]
     made_of: int = 1
+
+    def read(self) -> mx.array:
+        """Its values. Raises WeightsError also if one is not finite."""
+        array = self.fetch()
+        self.require_finite(array)
+        return array
+
+    def require_finite(self, array: mx.array) -> None:
+        """Evaluate what became of the tensor; raise WeightsError if a value is not finite."""
+        try:
+            mx.eval(array)
+        except RuntimeError as error:  # such as a file that became shorter meanwhile
+            raise WeightsError(f"cannot read tensor {self.name!r} in {self.file}: {error}") from None
+        if array.dtype != mx.uint32 and not _is_finite(array):
+            dtype = str(array.dtype).split(".")[-1]
+            raise WeightsError(f"tensor {self.name!r} in {self.file} has values that are not finite in {dtype}")
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * np.dtype(_READ_AS[self.dtype]).itemsize
+        return prod(self.shape) * _BYTES[self.dtype]
 
 
-class _Scratch:
-    """Memory that is read into again and again: fresh pages cost more than the reading."""
+def _is_finite(array: mx.array) -> bool:
+    """By the bits, a cacheful at a time: 20 times as fast as asking for each value on a CPU."""
+    kind, magnitude, infinite = _FINITE[array.dtype]
+    bits = np.asarray(array.reshape(-1).view(kind))
+    chunks = (bits[start : start + _CACHED] for start in range(0, len(bits), _CACHED))
+    return all((chunk & magnitude).max() < infinite for chunk in chunks)
 
-    def __init__(self) -> None:
-        self._memory = np.empty(0, np.uint8)
 
-    def room(self, size: int) -> np.ndarray:
-        if len(self._memory) < size:
-            self._memory = np.empty(size, np.uint8)
-        return self._memory[:size]
+class _File:
+    """A safetensors file's arrays, each handed out without being kept, so that it lives no longer than it is used."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._arrays: dict[str, mx.array] = {}
+
+    def fetch(self, name: str, dtype: str) -> mx.array:
+        if dtype not in _BYTES:
+            raise WeightsError(f"tensor {name!r} in {self._path} is {dtype}, expected one of {', '.join(_BYTES)}")
+        if name not in self._arrays:
+            try:
+                self._arrays = mx.load(str(self._path), format="safetensors")
+            except (RuntimeError, ValueError) as error:
+                raise WeightsError(f"cannot read {self._path}: {error}") from None
+        return self._arrays.pop(name)
 
 
 def open_tensors(path: Path) -> dict[str, Stored]:
@@ -80,27 +111,12 @@ def open_tensors(path: Path) -> dict[str, Stored]:
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror or error}") from None
     header.pop("__metadata__", None)
-    stored, scratch = {}, _Scratch()
-    for name, entry in header.items():
-        start = 8 + length + entry["data_offsets"][0]
-        shape = tuple(entry["shape"])
-        read = partial(_read, path, name, entry["dtype"], shape, start, scratch)
-        stored[name] = Stored(path, entry["dtype"], shape, read)
+    arrays = _File(path)
+    stored = {
+        name: Stored(name, path, entry["dtype"], tuple(entry["shape"]), partial(arrays.fetch, name, entry["dtype"]))
+        for name, entry in header.items()
+    }
     return _fuse_weight_norm(stored, path)
-
-
-def _read(path: Path, name: str, dtype: str, shape: tuple[int, ...], start: int, scratch: _Scratch) -> mx.array:
-    if dtype not in _READ_AS:
-        raise WeightsError(f"tensor {name!r} in {path} is {dtype}, expected one of {', '.join(_READ_AS)}")
-    values = scratch.room(prod(shape) * np.dtype(_READ_AS[dtype]).itemsize).view(_READ_AS[dtype])
-    with open(path, "rb") as file:
-        file.seek(start)
-        if file.readinto(values.data) != values.nbytes:
-            raise WeightsError(f"{path} became shorter while it was read")
-    if dtype != PACKED and not _is_finite(values, dtype):
-        raise _not_finite(name, path, dtype)
-    array = mx.array(values.reshape(shape))
-    return array.view(mx.bfloat16) if dtype == "BF16" else array
 
 
 def sha256(path: Path) -> str:
@@ -110,27 +126,6 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def require_finite(array: mx.array, name: str, path: Path) -> None:
-    """Raise WeightsError if a float array holds an infinity or NaN."""
-    dtype = _WRITTEN_AS[str(array.dtype).split(".")[-1]]
-    values = np.asarray(array.reshape(-1).view(mx.uint32 if dtype == "F32" else mx.uint16))
-    if not _is_finite(values, dtype):
-        raise _not_finite(name, path, dtype)
-
-
-def _is_finite(values: np.ndarray, dtype: str) -> bool:
-    """By the bits, a cacheful at a time: 20 times as fast as asking for each value on a CPU."""
-    kind, magnitude, infinite = _FINITE[dtype]
-    bits = values.view(kind)
-    chunks = (bits[start : start + _CACHED] for start in range(0, len(bits), _CACHED))
-    return all((chunk & magnitude).max() < infinite for chunk in chunks)
-
-
-def _not_finite(name: str, path: Path, dtype: str) -> WeightsError:
-    written = next(known for known, short in _WRITTEN_AS.items() if short == dtype)
-    return WeightsError(f"tensor {name!r} in {path} has values that are not finite in {written}")
 
 
 def _fuse_weight_norm(stored: dict[str, Stored], path: Path) -> dict[str, Stored]:
@@ -144,18 +139,16 @@ def _fuse_weight_norm(stored: dict[str, Stored], path: Path) -> dict[str, Stored
             expected = v.shape[:1] + (1,) * (len(v.shape) - 1)
             if g.shape != expected:
                 raise WeightsError(f"tensor {layer + magnitude!r} in {path} is {g.shape}, expected {expected}")
-            read = partial(_fused, g, v, layer + "weight")
-            stored[layer + "weight"] = Stored(path, "F32", v.shape, read, made_of=2)
+            weight = layer + "weight"
+            stored[weight] = Stored(weight, path, "F32", v.shape, partial(_fused, g, v), made_of=2)
             del stored[layer + magnitude], stored[name]
     return stored
 
 
-def _fused(g: Stored, v: Stored, name: str) -> mx.array:
-    magnitude, direction = g.read().astype(mx.float32), v.read().astype(mx.float32)
+def _fused(g: Stored, v: Stored) -> mx.array:
+    magnitude, direction = g.fetch().astype(mx.float32), v.fetch().astype(mx.float32)
     axes = tuple(range(1, direction.ndim))
-    weight = magnitude * (direction / mx.sqrt(mx.square(direction).sum(axes, keepdims=True)))
-    require_finite(weight, name, v.file)
-    return weight
+    return magnitude * (direction / mx.sqrt(mx.square(direction).sum(axes, keepdims=True)))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, mx.array | np.ndarray | Stored]) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .errors import ConfigError, InputError, TokenizerError, WeightsError
 from .names import PREFIXES, Entry, entries, number_prefix, t5_prefix
 from .oobleck import Autoencoder
 from .schema import nearest
-from .tensorfile import PACKED, Stored, open_tensors, require_finite, write_tensors
+from .tensorfile import PACKED, Stored, open_tensors, write_tensors
 from .tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -33,6 +34,7 @@ _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 _REFERENCE_FREQUENCIES = 128
 _NAMED = 12  # of tensors without a place
+_AHEAD = 4
 # ignored: the rotary buffer follows from the head size, and of T5 only the encoder is used
 _INV_FREQ = "model.model.transformer.rotary_pos_emb.inv_freq"
 _T5_DECODER = ("decoder.", "lm_head.")
@@ -70,7 +72,7 @@ def load_parts(
     for part, module in modules.items():
         default = mx.float32 if on_cpu or part == "conditioner" else mx.float16
         wanted = _DTYPES[dtype] if dtype and part != "conditioner" else default
-        module.load_weights([(entry.target, _read(entry, stored, wanted)) for entry in entries(module)], strict=True)
+        module.load_weights(list(_read(entries(module), stored, wanted)), strict=True)
         if on_cpu and not prefer_openblas():
             module.apply_to_modules(_suit_plain_blas)
     tokenizer = _find_tokenizer((folder, text_encoder), config) if config.conditioning else None
@@ -233,21 +235,39 @@ def _check(expected: Iterable[Entry], shapes: Mapping[str, tuple[int, ...]], whe
             raise WeightsError(f"tensor {name!r} in {where(name)} is {shapes[name]}, expected {shape}")
 
 
-def _read(entry: Entry, stored: Mapping[str, Stored], dtype: mx.Dtype) -> mx.array:
-    """A parameter from its stored tensor."""
-    tensor = stored[entry.source]
+def _read(wanted: Iterable[Entry], stored: Mapping[str, Stored], dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
+    """Parameters by name. While one is checked, the next ones are being read."""
+    ahead: deque[tuple[Entry, Stored, list[mx.array]]] = deque()
+    for entry in wanted:
+        tensor = stored[entry.source]
+        ahead.append((entry, tensor, _convert(entry, tensor, dtype)))
+        mx.async_eval(ahead[-1][2])
+        if len(ahead) > _AHEAD:
+            yield _checked(*ahead.popleft())
+    while ahead:
+        yield _checked(*ahead.popleft())
+
+
+def _convert(entry: Entry, tensor: Stored, dtype: mx.Dtype) -> list[mx.array]:
+    """Unevaluated: what is to be checked for a parameter, itself last."""
     if (tensor.dtype == PACKED) != entry.packed:
         expected = PACKED if entry.packed else "a float"
         raise WeightsError(f"tensor {entry.source!r} in {tensor.file} is {tensor.dtype}, expected {expected}")
-    array = tensor.read()
+    array = tensor.fetch()
     if entry.packed:
-        return array
-    value = entry.convert(array.astype(mx.float32)) if entry.convert else array
-    value = mx.contiguous(value.astype(mx.float32 if entry.exact else dtype))
-    mx.eval(value)  # so that the stored form is let go before the next one is read
-    if entry.convert or value.dtype != array.dtype:
-        require_finite(value, entry.source, tensor.file)
-    return value
+        return [array]
+    dtype = mx.float32 if entry.exact else dtype
+    if not entry.convert:
+        return [array.astype(dtype)]
+    value = mx.contiguous(entry.convert(array.astype(mx.float32)).astype(dtype))
+    # kernels are turned round; the snakes' vectors are computed, and may come out finite from what was not
+    return [value] if array.ndim > 1 else [array, value]
+
+
+def _checked(entry: Entry, tensor: Stored, arrays: list[mx.array]) -> tuple[str, mx.array]:
+    for array in arrays:
+        tensor.require_finite(array)
+    return entry.target, arrays[-1]
 
 
 def _suit_plain_blas(_: str, module: nn.Module) -> None:
