@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from golden.__main__ import main
 from golden.compare import compare
-from golden.recording import PARITY, Recording, Row
+from golden.recording import DEMO, PARITY, Recording, Row
 from mlx_audio_native import conditioning, dit, load, model, names, sampling
 from mlx_audio_native.oobleck import Snake
 
@@ -235,3 +235,13 @@ def test_one_tensor_a_thousandth_off_is_named_by_its_stage(tmp_path, capsys, end
     out = capsys.readouterr().out
     assert "not the file recorded from" in out
     assert out.splitlines()[-1].startswith(f"NOT OK: {stage} ("), out
+
+
+def test_one_tensor_of_the_embedded_model_a_thousandth_off_is_seen(tmp_path, capsys):
+    tensors = load_file(DEMO / "model.safetensors")
+    name = DIT + "transformer.project_out.weight"
+    tensors[name] = tensors[name].astype(np.float32) * np.float32(1.001)
+    shutil.copytree(DEMO, tmp_path / "scaled")
+    save_file(tensors, tmp_path / "scaled" / "model.safetensors")
+    assert main(["compare", str(tmp_path / "scaled"), str(PARITY / "demo.safetensors")]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("NOT OK: velocity (5), sampling (")
