@@ -130,7 +130,7 @@ def test_where_it_comes_from_is_kept_and_told(checkpoint, t5, tmp_path, capsys):
     assert [source["name"] for source in sources] == ["release", "t5"]
     assert main(["info", str(tmp_path / "model")]) == 0
     told = capsys.readouterr().out
-    for fact in (*sums, "licence: LICENSE.md, NOTICE, text_encoder-LICENSE", "parameters in F32", " MB"):
+    for fact in (*sums, "licence: 'LICENSE.md', 'NOTICE', 'text_encoder-LICENSE'", "parameters in F32", " MB"):
         assert fact in told
 
 
