@@ -143,6 +143,7 @@ def _difference(actual: np.ndarray, expected: np.ndarray, what: str) -> float:
     relative = float(np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2))) if expected.any() else inf
     if not relative <= BOUND:
         raise ExtractionError(
-            f"what was recovered disagrees with the graph: {what} is off by {relative:.2g} (relative rms, bound {BOUND:g})"
+            f"what was recovered disagrees with the graph: {what} is off by {relative:.2g} "
+            f"(relative rms, bound {BOUND:g})"
         )
     return relative

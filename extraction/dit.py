@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import pi, prod, sqrt
+from math import isfinite, pi, prod, sqrt
 
 import numpy as np
 
@@ -151,7 +151,7 @@ class _Recovery:
         before = self.before(second.input)
         if before == {first.output, index}:
             return "latents" if len(linears) == 2 else None
-        if before != {first.output} or any(self.before(l.input) != {second.output} for l in linears[2:]):
+        if before != {first.output} or any(self.before(item.input) != {second.output} for item in linears[2:]):
             return None
         if len(linears) > 2:
             return "tokens"
@@ -205,7 +205,7 @@ class _Recovery:
         self.put(name + "self_attn.to_qkv", qkv, self.width)
         softmax = self.attention_of({qkv.output})
         heads = self.heads(softmax, self.frames + 1)
-        self.query_key_norms(name + "self_attn.", softmax, (qkv, qkv), heads)
+        self.queries_and_keys(name + "self_attn.", softmax, (qkv, qkv), heads)
         self.branch(name + "self_attn.to_out", self.reader_of({softmax.outputs[0], qkv.output}, f"after {softmax}"))
 
         query = self.next_reader()
@@ -218,7 +218,7 @@ class _Recovery:
         self.put(name + "cross_attn.to_kv", keys, self.context_width)
         if keys.channels != 2 * self.context_width or self.heads(softmax, self.context) != heads:
             raise ExtractionError(f"{keys.operator} gives no keys and values for {heads} heads")
-        self.query_key_norms(name + "cross_attn.", softmax, (query, keys), heads)
+        self.queries_and_keys(name + "cross_attn.", softmax, (query, keys), heads)
         self.branch(name + "cross_attn.to_out", self.reader_of({softmax.outputs[0], keys.output}, f"after {softmax}"))
 
         wide = self.next_reader()
@@ -258,47 +258,55 @@ class _Recovery:
         self.ones += int((gain == 1).all())
         self.weights |= {f"{name}.gamma": gain, f"{name}.beta": offset}
 
-    def query_key_norms(self, name: str, softmax: Operator, made_by: tuple[Linear, Linear], heads: int) -> None:
-        """Gains and offsets of the norms of queries and keys, where there are such."""
-        product = self.scores(softmax)
-        head = self.width // heads
-        found, scales = [], []
+    def queries_and_keys(self, name: str, softmax: Operator, made_by: tuple[Linear, Linear], heads: int) -> None:
+        """The norms of queries and keys, where there are such, and how their product is scaled."""
+        product, head = self.scores(softmax), self.width // heads
+        norms, scales = [], []
         for side, linear in enumerate(made_by):
-            tensor, where = product.inputs[side], f"what {product} makes of {linear.operator}"
-            if self.before(tensor) != {linear.output}:
-                raise ExtractionError(f"{product} multiplies more than queries and keys")
-            # position 0 is not rotated; there, channels lie last unless the operand is transposed
-            last = not product.options["adj_x"] if side == 0 else product.options["adj_y"]
-
-            def read(value: np.ndarray, linear: Linear = linear, tensor: int = tensor, last: bool = last, where=where):
-                fed = {linear.output: np.resize(value, self.wiring.shape(linear.output))}
-                states = self.evaluator.run(fed, [tensor])[0]
-                count = max(states.size // (heads * head), 1)
-                states = shaped(states, (heads, count, head) if last else (heads, head, count), where)
-                return states[0, 0] if last else states[0, :, 0]
-
-            found.append(_layer_norm(read, head, where))
-            scales.append(self.factor(tensor, linear.output))
-        self.query_key_normed.add(found[0] is not None)
-        if (found[0] is None) != (found[1] is None):
-            raise ExtractionError(f"{product} multiplies normed by plain states")
-        if found[0] is None:
-            return
-        # the factor 1/√head may stand before or behind the product; what is not seen before is put to the keys
-        shapes = [self.wiring.shape(tensor) for tensor in product.inputs[:2]]
-        scores = self.evaluator.run(dict(zip(product.inputs, map(np.ones, shapes), strict=False)), [softmax.inputs[0]])[
-            0
-        ]
-        rest = float(scores.reshape(-1)[0]) / sqrt(head)
-        if abs(scales[0] * scales[1] * rest - 1) > _CLOSE:
-            self.notes.append(
-                f"the scores before {softmax} are scaled by other than 1/√{head}: put into the norm of keys"
+            read = self.states_reader(product, side, linear, heads)
+            where = f"what {product} makes of {linear.operator}"
+            norms.append(_layer_norm(read, head, where))
+            scales.append(
+                self.factor(product.inputs[side], linear.output) if norms[-1] else _plain_scale(read, head, where)
             )
-            scales[1] = 1 / (scales[0] * rest)
-        for letter, norm, scale in zip("qk", found, scales, strict=True):
-            gain, offset, _ = norm
-            self.weights[f"{name}{letter}_norm.weight"] = (gain / scale).astype(np.float32)
-            self.weights[f"{name}{letter}_norm.bias"] = (offset / scale).astype(np.float32)
+        if (norms[0] is None) != (norms[1] is None):
+            raise ExtractionError(f"{product} multiplies normed by plain states")
+        self.query_key_normed.add(norms[0] is not None)
+        ones = {tensor: np.ones(self.wiring.shape(tensor)) for tensor in product.inputs}
+        behind = float(self.evaluator.run(ones, [softmax.inputs[0]])[0].reshape(-1)[0]) / head
+        # against the 1/√head that the runtime multiplies by
+        excess = scales[0] * scales[1] * behind * sqrt(head)
+        if not (isfinite(excess) and excess > 0):
+            raise ExtractionError(f"the scores before {softmax} are scaled by no positive number")
+        if abs(excess - 1) > _CLOSE:
+            self.notes.append(f"{name}: 1/√{head} is folded into the graph's weights; here the queries make up for it")
+        else:
+            excess = 1.0
+        for letter, norm, scale in zip("qk", norms, (scales[0] / excess, scales[1]), strict=True):
+            if norm is not None:
+                self.weights[f"{name}{letter}_norm.weight"] = (norm[0] / scale).astype(np.float32)
+                self.weights[f"{name}{letter}_norm.bias"] = (norm[1] / scale).astype(np.float32)
+        if norms[0] is None and excess != 1:
+            queries = f"{name}to_qkv.weight" if made_by[0] is made_by[1] else f"{name}to_q.weight"
+            weight = self.weights[queries].astype(np.float32)
+            self.weights[queries] = np.concatenate([weight[: self.width] * np.float32(excess), weight[self.width :]])
+
+    def states_reader(self, product: Operator, side: int, linear: Linear, heads: int) -> Callable:
+        """Reads what the first head's queries (side 0) or keys are at position 0, for one head's channels fed."""
+        tensor, head = product.inputs[side], self.width // heads
+        if self.before(tensor) != {linear.output}:
+            raise ExtractionError(f"{product} multiplies more than queries and keys")
+        # position 0 is not rotated; channels lie last unless the operand is transposed
+        last = product.options["adj_y"] if side else not product.options["adj_x"]
+
+        def read(value: np.ndarray) -> np.ndarray:
+            fed = {linear.output: np.resize(value, self.wiring.shape(linear.output))}
+            states = self.evaluator.run(fed, [tensor])[0]
+            count = max(states.size // (heads * head), 1)
+            states = shaped(states, (heads, count, head) if last else (heads, head, count), f"an operand of {product}")
+            return states[0, 0] if last else states[0, :, 0]
+
+        return read
 
     def scores(self, softmax: Operator) -> Operator:
         """The product of queries and keys before a softmax."""
@@ -356,6 +364,15 @@ class _Recovery:
             **({"ff_kwargs": {"mult": mult}} if mult != 4 else {}),
             **({"norm_kwargs": {"eps": epsilon}} if epsilon != 1e-5 else {}),
         }
+
+
+def _plain_scale(read: Callable[[np.ndarray], np.ndarray], width: int, where: str) -> float:
+    """The factor of `read(x) = factor · x`."""
+    values = np.arange(1.0, width + 1)
+    found = read(values) / values
+    if not np.allclose(found, found[0], rtol=_CLOSE, atol=0):
+        raise ExtractionError(f"{where} is neither normed nor merely scaled")
+    return float(found[0])
 
 
 def _layer_norm(

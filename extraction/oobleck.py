@@ -22,7 +22,10 @@ _LAYOUT = ("RESHAPE", "TRANSPOSE", "EXPAND_DIMS", "SQUEEZE", "QUANTIZE", "DEQUAN
 _DILATIONS = (1, 3, 9)
 _KERNEL = 7
 _SNAKE_EPSILON = 1e-9
-_OPERANDS = {"CONV_2D": 2, "TRANSPOSE_CONV": 3, "ADD": 2, "MUL": 2, "DIV": 2}
+_OPERANDS = {
+    **{"CONV_2D": 2, "TRANSPOSE_CONV": 3, "SELECT": 3, "SELECT_V2": 3},
+    **dict.fromkeys(("ADD", "SUB", "MUL", "DIV", "GREATER", "GREATER_EQUAL"), 2),
+}
 _MOST_LEVELS = 19  # of the runtime's config
 
 
@@ -179,10 +182,10 @@ class _Recovery:
     def activation(self, tensor: int, name: str) -> tuple[int, dict[str, np.ndarray]]:
         """What is activated before `tensor`, and snake's parameters under names that begin with `name`."""
         tensor = self.look_through(tensor)
-        elu = self.take(tensor, "ELU")
+        elu = self.take(tensor, "ELU", "SELECT", "SELECT_V2")
         if elu is not None:
             self.activations.add("ELU")
-            return self.look_through(elu.inputs[0]), {}
+            return self.look_through(elu.inputs[0]) if elu.name == "ELU" else self.spelled_elu(elu), {}
         add = self.need(tensor, "ADD")
         self.activations.add("snake")
         for stream, wave in self.both(add):
@@ -196,6 +199,18 @@ class _Recovery:
                     raise ExtractionError(f"the snake that ends in {add} has factors that are not above 0")
                 return stream, {f"{name}alpha": alpha.astype(np.float32), f"{name}beta": beta.astype(np.float32)}
         raise ExtractionError(f"{add} stands where an Oobleck decoder has the end of a snake")
+
+    def spelled_elu(self, select: Operator) -> int:
+        """x of `x above 0 ? x : exp(x) - 1`."""
+        test = self.need(self.look_through(select.inputs[0]), "GREATER", "GREATER_EQUAL")
+        below = self.need(self.look_through(select.inputs[2]), "SUB")
+        power = self.need(self.look_through(below.inputs[0]), "EXP")
+        stream = self.look_through(select.inputs[1])
+        same = {stream} == {self.look_through(test.inputs[0]), self.look_through(power.inputs[0])}
+        zero, one = self.constant(test, test.inputs[1]), self.constant(below, below.inputs[1])
+        if not same or zero.any() or (one != 1).any():
+            raise ExtractionError(f"{select} stands where an Oobleck decoder has the end of an ELU")
+        return stream
 
     def both(self, operator: Operator) -> list[tuple[int, int]]:
         """The two operands, in both orders."""

@@ -12,6 +12,7 @@ from mlx_audio_native import MlxAudioError
 COMMANDS = {
     "export": ("export", "export reference conditioners to TFLite and record the interpreter's outputs"),
     "export-model": ("export_model", "export a model folder whole to TFLite: conditioners, DiT, decoder"),
+    "export-arm": ("export_arm", "export a tiny random model as Arm's recipe does, for the tests"),
     "checkpoint": ("checkpoint", "write a random checkpoint in a release's own layout and size"),
     "train": ("train", "train the embedded demo model from nothing, on one large GPU"),
     "record": ("record", "record the reference's tensors for the stored models, or for a model folder"),

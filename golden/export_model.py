@@ -63,15 +63,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="MODEL_FOLDER")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--precision", default="float32", choices=("float32", "float16", "int8"), help="of the DiT")
+    parser.add_argument("--decoder-precision", default="float32", choices=("float32", "float16", "int8"))
     parser.add_argument("--by-position", action="store_true", help="lose the DiT's global conditioning")
 
 
 def run(args: argparse.Namespace) -> int:
-    export(args.folder, args.output, args.precision, args.by_position)
+    export(args.folder, args.output, args.precision, args.by_position, args.decoder_precision)
     return 0
 
 
-def export(folder: Path, output: Path, precision: str = "float32", by_position: bool = False) -> None:
+def export(
+    folder: Path,
+    output: Path,
+    precision: str = "float32",
+    by_position: bool = False,
+    decoder_precision: str = "float32",
+) -> None:
     """Write the three files into a new folder. Raises InputError if it exists, or for a model with other numbers."""
     config: dict[str, Any] = read_json(folder / "config.json")
     model = load_reference(folder, config)
@@ -97,4 +104,4 @@ def export(folder: Path, output: Path, precision: str = "float32", by_position: 
     with torch.no_grad():
         litert_route(conditioners, (ids, ids.clone(), torch.ones(1)), output / "conditioners_float32.tflite")
         litert_route(dit, (latents, torch.ones(1), tokens, global_cond), output / "dit_model.tflite", precision)
-        litert_route(decoder, (latents,), output / "autoencoder_model.tflite")
+        litert_route(decoder, (latents,), output / "autoencoder_model.tflite", decoder_precision)
