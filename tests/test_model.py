@@ -255,7 +255,8 @@ def test_the_objective_v_has_defaults_of_its_own(v_model):
 
 @pytest.mark.parametrize("sampler", ["dpmpp-3m-sde", "dpmpp-2m", "v-ddim"])
 def test_a_batch_under_the_objective_v_equals_its_clips_alone(v_model, sampler):
-    options = {"steps": 4, "sampler": sampler, "negative_prompt": "hi-hat"}
+    # guidance of 7 makes 2e-4 of what rounding leaves between batch sizes on these random weights
+    options = {"steps": 4, "sampler": sampler, "negative_prompt": "hi-hat", "cfg_scale": 2}
     together = v_model.generate(PROMPTS, seconds=[1.0, 2.5, 0.3], seed=[5, 6, 5], **options)
     for clip in together:
         recipe = clip.recipe
