@@ -27,9 +27,9 @@ _BYTES = {"F32": 4, "F16": 2, "BF16": 2, PACKED: 4}
 _WRITTEN_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": PACKED}
 # of a float's bits: all but its sign, and infinity, from which on they say infinite or NaN
 _FINITE = {
-    mx.float32: (mx.uint32, 0x7FFFFFFF, 0x7F800000),
-    mx.float16: (mx.uint16, 0x7FFF, 0x7C00),
-    mx.bfloat16: (mx.uint16, 0x7FFF, 0x7F80),
+    mx.float32: (np.uint32, 0x7FFFFFFF, 0x7F800000),
+    mx.float16: (np.uint16, 0x7FFF, 0x7C00),
+    mx.bfloat16: (np.uint16, 0x7FFF, 0x7F80),
 }
 _CACHED = 1 << 16
 # what torch's weight_norm leaves for a `weight`, before and after it became a parametrization: magnitude, direction
@@ -76,7 +76,8 @@ class Stored(NamedTuple):
 def _is_finite(array: mx.array) -> bool:
     """By the bits, a cacheful at a time: 20 times as fast as asking for each value on a CPU."""
     kind, magnitude, infinite = _FINITE[array.dtype]
-    bits = np.asarray(array.reshape(-1).view(kind))
+    # viewed by NumPy: anything left for MLX to do would wait for all that is being read ahead
+    bits = np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array).reshape(-1).view(kind)
     chunks = (bits[start : start + _CACHED] for start in range(0, len(bits), _CACHED))
     return all((chunk & magnitude).max() < infinite for chunk in chunks)
 

@@ -238,14 +238,17 @@ def _check(expected: Iterable[Entry], shapes: Mapping[str, tuple[int, ...]], whe
 def _read(wanted: Iterable[Entry], stored: Mapping[str, Stored], dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
     """Parameters by name. While one is checked, the next ones are being read."""
     ahead: deque[tuple[Entry, Stored, list[mx.array]]] = deque()
-    for entry in wanted:
-        tensor = stored[entry.source]
-        ahead.append((entry, tensor, _convert(entry, tensor, dtype)))
-        mx.async_eval(ahead[-1][2])
-        if len(ahead) > _AHEAD:
+    try:
+        for entry in wanted:
+            tensor = stored[entry.source]
+            ahead.append((entry, tensor, _convert(entry, tensor, dtype)))
+            mx.async_eval(ahead[-1][2])
+            if len(ahead) > _AHEAD:
+                yield _checked(*ahead.popleft())
+        while ahead:
             yield _checked(*ahead.popleft())
-    while ahead:
-        yield _checked(*ahead.popleft())
+    finally:  # after an error, no reading goes on: it would fail where nobody expects it if the file then changes
+        mx.eval([arrays for _, _, arrays in ahead])
 
 
 def _convert(entry: Entry, tensor: Stored, dtype: mx.Dtype) -> list[mx.array]:
