@@ -6,9 +6,11 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -92,23 +94,38 @@ class Audio:
         recipe = replace(self.recipe, peak_scale=scale)
         wav = io.BytesIO()
         soundfile.write(wav, self.samples * np.float32(scale), self.sample_rate, subtype="PCM_24", format="WAV")
-        part = path.with_name(f".{secrets.token_hex(4)}.part")  # in the same folder, so that renaming is atomic
-        try:
+        with new_file(path) as part:
             part.write_bytes(_with_comment(wav.getvalue(), recipe.to_json()))
             if read_recipe(part) != recipe:
                 raise AudioFileError(f"{path} was not written: its recipe does not read back")
-            part.replace(path)
-        except OSError as error:
-            raise AudioFileError(f"cannot write {path}: {error.strerror}") from None
-        finally:
-            part.unlink(missing_ok=True)
 
 
-def check_output(path: Path, overwrite: bool) -> None:
-    """Raises AudioFileError if a WAV should not or cannot go there, as far as can be told before writing."""
+def file_stem(prompt: str) -> str:
+    """A prompt as the name of a file, without suffix."""
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:50] or "clip"
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A hidden `.part` file to write to, which becomes `path` if all goes well, and goes if not.
+
+    Raises AudioFileError where the folder does not allow that.
+    """
+    part = path.with_name(f".{secrets.token_hex(4)}.part")  # in the same folder, so that renaming is atomic
+    try:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise AudioFileError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_output(path: Path, overwrite: bool, suffix: str = ".wav") -> None:
+    """Raises AudioFileError if such a file should not or cannot go there, as far as can be told before writing."""
     folder = path.parent
-    if path.suffix.lower() != ".wav":
-        problem = "only .wav files are written"
+    if path.suffix.lower() != suffix:
+        problem = f"only {suffix} files are written"
     elif not os.path.isdir(folder):
         problem = f"there is no folder {folder}"
     elif not os.access(folder, os.W_OK):

@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import os
-import re
 import secrets
 import signal
 import sys
@@ -83,11 +82,10 @@ def generate(args: argparse.Namespace) -> None:
 
 def _output_paths(output: Path | None, prompt: str, number: int, overwrite: bool) -> list[Path]:
     """Where clips go. A file that --output names must be free; a name made from the prompt gets a number to be so."""
-    from .audio import check_output
+    from .audio import check_output, file_stem
 
     named = output is not None and not output.is_dir()
-    slug = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:50] or "clip"
-    base = output if named else (output or Path()) / f"{slug}.wav"
+    base = output if named else (output or Path()) / f"{file_stem(prompt)}.wav"
     paths = chain([base], (base.with_name(f"{base.stem}-{index}{base.suffix}") for index in count(2)))
     if not named and not overwrite:
         paths = (path for path in paths if not path.exists())

@@ -101,6 +101,11 @@ class Model:
         request = self._check(prompt=prompt, **options)
         return self._denoise(request, self.velocity(request))
 
+    def recipe(self, prompt: str, **options: Any) -> Recipe:
+        """What stands in the clip that `generate` makes of the same arguments, without making it."""
+        request = self._check(prompt=prompt, **options)
+        return self._recipe(request, request.clips[0])
+
     def velocity(self, request: Request) -> Velocity:
         """What a sampler integrates: the DiT, with the conditioning of all clips and their guidance built in."""
         prepared = self._prepare(request)
