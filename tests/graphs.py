@@ -20,6 +20,7 @@ OPTIONS = {
         "ONE_HOT": "OneHot",
         "UNPACK": "Unpack",
         "CONV_2D": "Conv2D",
+        "TRANSPOSE_CONV": "TransposeConv",
         "SQUEEZE": "Squeeze",
         "GELU": "Gelu",
         "RESHAPE": "Reshape",

@@ -55,6 +55,7 @@ CASES = [
     ("FLOOR", [], X, np.floor(X), {}),
     ("CEIL", [], X, np.ceil(X), {}),
     ("ROUND", [], X, np.round(X), {}),
+    ("ELU", [], X, np.where(X > 0, X, np.expm1(X)), {}),
     ("RELU", [], X, np.clip(X, 0, None), {}),
     ("RELU6", [], X, np.clip(X, 0, 6), {}),
     ("RELU_0_TO_1", [], X, np.clip(X, 0, 1), {}),
