@@ -36,10 +36,11 @@ def record(folder: Path) -> Recording:
     return record(folder)
 
 
-def record_file(path: Path) -> Recording:
-    """Of one TFLite file."""
+def record_files(*paths: Path) -> Recording:
+    """Of TFLite files among others."""
     with tempfile.TemporaryDirectory() as scratch:
-        shutil.copyfile(path, Path(scratch) / path.name)
+        for path in paths:
+            shutil.copyfile(path, Path(scratch) / path.name)
         return record(Path(scratch))
 
 
@@ -104,12 +105,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _stored(write: bool) -> Iterator[tuple[Path, Callable[[], Recording]]]:
     """Each stored golden file and what records it; the random models are written anew before if `write`."""
-    from . import fixtures
+    from . import export_arm, fixtures
 
     if write:
         for name in fixtures.FIXTURES:
             fixtures.write(PARITY / name, name)
-    yield PARITY / "demo_tflite.safetensors", partial(record_file, DEMO_TFLITE)
+    yield PARITY / "demo_tflite.safetensors", partial(record_files, DEMO_TFLITE)
+    for name in export_arm.EXPORTS:
+        files = ("conditioners.tflite", f"dit_{name}.tflite", f"autoencoder_{name}.tflite")
+        yield export_arm.ARM / f"{name}.safetensors", partial(record_files, *(export_arm.ARM / file for file in files))
     for name, options in EXPORTS.items():
         yield PARITY / f"{name}.safetensors", partial(record_export, **options)
     for folder in (*(PARITY / name for name in fixtures.FIXTURES), DEMO):
