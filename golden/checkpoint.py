@@ -11,48 +11,17 @@ import copy
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from mlx_audio_native.errors import InputError
+from mlx_audio_native.releases import OPEN_1_0, SMALL, release_config
 
 from . import fixtures, reference
 
-SMALL, OPEN_1_0 = "stable-audio-open-small", "stable-audio-open-1.0"
 # of the DiT and of the autoencoder: the first as published, the second half of it, to spare the disk
 _DTYPES = {SMALL: (torch.float32, torch.float16), OPEN_1_0: (torch.float16, torch.float32)}
-
-
-def small_config() -> dict[str, Any]:
-    """stable-audio-open-small's, with the T5 spelled out."""
-    return fixtures.full_size_config(32128)
-
-
-def open_1_0_config() -> dict[str, Any]:
-    """stable-audio-open-1.0's, with the T5 spelled out."""
-    config = copy.deepcopy(small_config())
-    model = config["model"]
-    prompt, total = model["conditioning"]["configs"]
-    prompt["config"]["max_length"] = 128
-    total["config"]["max_val"] = 512
-    model["conditioning"]["configs"] = [prompt, {**copy.deepcopy(total), "id": "seconds_start"}, total]
-    numbers = ["seconds_start", "seconds_total"]
-    model["diffusion"] = {
-        "type": "dit",
-        "cross_attention_cond_ids": ["prompt", *numbers],
-        "global_cond_ids": numbers,
-        "diffusion_objective": "v",
-        "config": {
-            **{"io_channels": 64, "embed_dim": 1536, "depth": 24, "num_heads": 24, "cond_token_dim": 768},
-            **{"global_cond_dim": 1536, "project_cond_tokens": False, "transformer_type": "continuous_transformer"},
-        },
-    }
-    return {**config, "sample_size": 2097152}
-
-
-CONFIGS = {SMALL: small_config, OPEN_1_0: open_1_0_config}
 
 
 def write(folder: Path, name: str) -> None:
@@ -61,10 +30,9 @@ def write(folder: Path, name: str) -> None:
 
     if folder.exists():
         raise InputError(f"{folder} exists already")
-    config = CONFIGS[name]()
-    prompt = config["model"]["conditioning"]["configs"][0]["config"]
-    t5_config = prompt.pop("t5_config")
-    prompt["t5_model_name"] = "t5-base"
+    config = release_config(name)
+    config["model"]["pretransform"]["scale"] = 0.7  # one that shows if it is not used
+    t5_config = config["model"]["conditioning"]["configs"][0]["config"].pop("t5_config")
     # its T5 is not in a checkpoint: the smallest does
     tiny = {"t5_config": {"vocab_size": 8, "d_model": 768, "d_kv": 8, "num_heads": 1, "num_layers": 1, "d_ff": 8}}
     building = copy.deepcopy(config)
@@ -96,7 +64,7 @@ def write(folder: Path, name: str) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=CONFIGS)
+    parser.add_argument("name", choices=_DTYPES)
     parser.add_argument("folder", type=Path, metavar="DIR", help="the folder to write: 2 to 4 GB")
 
 

@@ -116,24 +116,6 @@ def _v_objective(vocabulary: int) -> dict[str, Any]:
     )
 
 
-def full_size_config(vocabulary: int) -> dict[str, Any]:
-    """stable-audio-open-small's sizes; the vocabulary is T5's, of which the small tokenizer uses the first pieces."""
-    heads = {"d_model": 768, "d_kv": 64, "num_heads": 12, "num_layers": 12, "d_ff": 3072, "dropout_rate": 0.0}
-    dit = {"io_channels": 64, "embed_dim": 1024, "depth": 16, "num_heads": 8, "cond_token_dim": 768}
-    config = _config(
-        {"channels": 128, "c_mults": [1, 2, 4, 8, 16], "strides": [2, 4, 4, 8, 8], "use_snake": True},
-        {"max_length": 64, "t5_config": {"vocab_size": 32128, **heads}},
-        ["seconds_total"],
-        256,
-        {
-            "diffusion_objective": "rf_denoiser",
-            "config": {**dit, "global_cond_dim": 768, "attn_kwargs": {"qk_norm": "ln"}},
-        },
-    )
-    return {**config, "sample_size": 524288, "sample_rate": 44100}
-
-
-# small enough to be stored
 FIXTURES = {"equal_heads": _equal_heads, "fewer_heads": _fewer_heads, "v_objective": _v_objective}
 
 
