@@ -27,7 +27,16 @@ from .quantization import Quantization
 from .schema import Section, nearest, read_json
 from .t5 import T5Config
 from .tensorfile import PACKED, Stored, described, open_tensors, sha256
-from .weights import WEIGHTS, open_checkpoint, open_text_encoder, place, read_tokenizer, refuse_pickles, save
+from .weights import (
+    WEIGHTS,
+    drop_tied_copy,
+    open_checkpoint,
+    open_text_encoder,
+    place,
+    read_tokenizer,
+    refuse_pickles,
+    save,
+)
 
 LICENCE = re.compile(r"(licen[cs]e|notice|copying|readme)[^/\\]*", re.IGNORECASE)
 OF_TEXT_ENCODER = f"{TEXT_ENCODER}-"
@@ -156,6 +165,7 @@ def _add_text_encoder(origin: _Origin, text_encoder: str | Path | Recovered | No
     prefix = t5_prefix(prompt["id"])
     own = [name for name in origin.stored if name.startswith(prefix)]
     if own and text_encoder is None:
+        drop_tied_copy(origin.stored, prefix)
         return
     if isinstance(text_encoder, Recovered):
         (theirs,) = _prompts(text_encoder.config)

@@ -140,7 +140,7 @@ def _open(
     others = tuple(prefix for part, prefix in PREFIXES.items() if part not in parts)
     stored = {name: tensor for name, tensor in stored.items() if not name.startswith(others)}
     if t5:
-        _drop_tied_copy(stored, t5)
+        drop_tied_copy(stored, t5)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     modules = place(config, shapes, lambda name: t5_file if t5 and name.startswith(t5) else main)
     return config, modules, stored
@@ -163,7 +163,7 @@ def open_text_encoder(folder: Path) -> dict[str, Stored]:
             f"no text encoder here: put T5's config.json, model.safetensors and spiece.model into {folder}"
         )
     stored = {name: tensor for name, tensor in open_tensors(main).items() if not name.startswith(_T5_DECODER)}
-    _drop_tied_copy(stored, "")
+    drop_tied_copy(stored, "")
     return stored
 
 
@@ -179,8 +179,8 @@ def refuse_pickles(folder: Path) -> None:
             )
 
 
-def _drop_tied_copy(stored: dict[str, Stored], t5: str) -> None:
-    """Ignore a second copy of T5's table, if it equals the first."""
+def drop_tied_copy(stored: dict[str, Stored], t5: str) -> None:
+    """Ignore a second copy of T5's table, if it equals the first; `t5` is what stands before its names."""
     name = f"{t5}encoder.embed_tokens.weight"
     table, copy = stored.get(f"{t5}shared.weight"), stored.get(name)
     if table and copy and table.shape == copy.shape and mx.array_equal(table.read(), copy.read()).item():
