@@ -101,18 +101,45 @@ def _log_machine() -> None:
     log.info("peak memory %.0f MB, MLX %s on %s", mx.get_peak_memory() / 1e6, mx.__version__, mx.default_device())
 
 
+def batch_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    keys = "a prompt and, if wanted, a name and generate's options as a recipe calls them"
+    add("path", type=Path, metavar="FILE.jsonl", help=f"a line a clip, a JSON object of {keys}")
+    add("--output", type=Path, metavar="DIR", required=True, help="where NAME.wav and manifest.jsonl go")
+    add("--batch-size", type=int, default=1, metavar="N", help="clips made at once; above 1 last bits may differ")
+    add("--overwrite", action="store_true", help="replace clips that were made otherwise")
+    add("--model", metavar="DIR|ID", help="a model folder, or a hub id (default: the embedded model)")
+
+
+def batch(args: argparse.Namespace) -> None:
+    from . import batch
+
+    print("\n".join(batch.run(args.model, args.path, args.output, args.batch_size, args.overwrite)))
+    _log_machine()
+
+
 def info_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="FILE.wav|DIR", help="a generated clip, or a model folder")
+    add = parser.add_argument
+    add("path", type=Path, metavar="FILE.wav|DIR", help="a generated clip, or a model folder")
+    add("--plot", type=Path, metavar="OUT.png", help="draw a clip's waveform and spectrogram")
+    add("--overwrite", action="store_true", help="replace what --plot names")
 
 
 def info(args: argparse.Namespace) -> None:
     if args.path.is_dir():
+        if args.plot:
+            raise InputError(f"--plot draws a clip; {args.path} is a folder")
         from .info import describe
 
         for line in describe(args.path):
             print(line)
     else:
         info_clip(args.path)
+        if args.plot:
+            from .plot import plot_file
+
+            plot_file(args.path, args.plot, args.overwrite)
+            print(f"{args.plot}: written")
 
 
 def info_clip(path: Path) -> None:
@@ -208,6 +235,7 @@ def _extracted(function: Callable[..., Any], *arguments: Any) -> Any:
 
 COMMANDS = (
     Command("generate", "a prompt in, a WAV out", generate_arguments, generate),
+    Command("batch", "a list of prompts in, a folder of WAVs out", batch_arguments, batch),
     Command("convert", "a published checkpoint as one model folder", convert_arguments, convert),
     Command("extract", "a .tflite file's conditioners as part of a model folder", extract_arguments, extract),
     Command("inspect", "what a .tflite file holds", inspect_arguments, inspect),
