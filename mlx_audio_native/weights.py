@@ -63,20 +63,25 @@ def load_parts(
     on the CPU, where half precision is slow. The conditioner is always float32.
     Raises ConfigError, TokenizerError or WeightsError.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}, expected {', '.join(_DTYPES)}{nearest(dtype, list(_DTYPES))}")
-    on_cpu = mx.default_device() == mx.cpu
     folder = Path(folder)
     text_encoder = text_encoder or folder / TEXT_ENCODER
     config, modules, stored = _open(folder, parts, text_encoder)
+    fill(modules, stored, dtype)
+    tokenizer = _find_tokenizer((folder, text_encoder), config) if config.conditioning else None
+    return Parts(config, tokenizer, *(modules.get(part) for part in PARTS))
+
+
+def fill(modules: Mapping[str, nn.Module], stored: Mapping[str, Stored], dtype: str | None = None) -> None:
+    """Load tensors, whose names and shapes fit, into parts; `dtype` as in `load_parts`. Raises as that does."""
+    if dtype is not None and dtype not in _DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}, expected {', '.join(_DTYPES)}{nearest(dtype, list(_DTYPES))}")
+    on_cpu = mx.default_device() == mx.cpu
     for part, module in modules.items():
         default = mx.float32 if on_cpu or part == "conditioner" else mx.float16
         wanted = _DTYPES[dtype] if dtype and part != "conditioner" else default
         module.load_weights(list(_read(entries(module), stored, wanted)), strict=True)
         if on_cpu and not prefer_openblas():
             module.apply_to_modules(_suit_plain_blas)
-    tokenizer = _find_tokenizer((folder, text_encoder), config) if config.conditioning else None
-    return Parts(config, tokenizer, *(modules.get(part) for part in PARTS))
 
 
 def read_tensors(folder: Path | str, parts: Sequence[str] = PARTS) -> dict[str, mx.array]:
@@ -187,8 +192,11 @@ def drop_tied_copy(stored: dict[str, Stored], t5: str) -> None:
         del stored[name]
 
 
-def _build(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Module]:
-    """A module for each part that the config was read for; how many frequencies a number has, only its shapes say."""
+def build(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Module]:
+    """An unfilled module for each part that the config was read for.
+
+    How many frequencies a number has, only its shapes say: the reference's many if there are none.
+    """
     modules: dict[str, nn.Module] = {}
     if config.conditioning:
         found = {number.id: shapes.get(number_prefix(number.id) + "0.weights", ()) for number in config.numbers}
@@ -208,7 +216,7 @@ def place(
 
     `where` says for an error where a name belongs. Raises WeightsError.
     """
-    modules = _build(config, shapes)
+    modules = build(config, shapes)
     if config.quantization:
         for part, module in modules.items():
             config.quantization.apply(part, module)
