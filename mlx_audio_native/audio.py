@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
 
 from .errors import AudioFileError, ConfigError
-from .schema import Section
+from .schema import Section, check
 
 # How much of a WAV that anybody may have made is looked at.
 _MAX_CHUNKS, _MAX_INFO_BYTES = 1000, 1 << 20
@@ -29,7 +29,8 @@ _MAX_CHUNKS, _MAX_INFO_BYTES = 1000, 1 << 20
 class Recipe:
     """What makes a clip again: the request, the model by name and sha256 of its weights file, the package version.
 
-    `peak_scale` is the factor a file's samples were multiplied with to keep them within ±1; 1.0 left them alone.
+    What a request did without is None; init audio stands by its file's name and sha256. `peak_scale` is the factor a
+    file's samples were multiplied with to keep them within ±1; 1.0 left them alone.
     """
 
     prompt: str
@@ -43,9 +44,22 @@ class Recipe:
     model_sha256: str
     version: str
     peak_scale: float = 1.0
+    init_audio: str | None = None
+    init_audio_sha256: str | None = None
+    noise_level: float | None = None
+    inpaint: tuple[float, float] | None = None
+    bars: int | None = None
+    bpm: float | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What `Model.generate` takes to make the clip again, but for init audio, of which the recipe holds no copy."""
+        how_made = ("model", "model_sha256", "version", "peak_scale", "init_audio", "init_audio_sha256")
+        length = ("bars", "bpm") if self.bars is None else ("seconds",)
+        return {name: value for name, value in asdict(self).items() if name not in how_made + length}
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False)
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        return json.dumps(values, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -66,7 +80,14 @@ class Recipe:
             model_sha256=section.take("model_sha256", str),
             version=section.take("version", str),
             peak_scale=section.take("peak_scale", float),
+            init_audio=section.take("init_audio", str, None),
+            init_audio_sha256=section.take("init_audio_sha256", str, None),
+            noise_level=section.take("noise_level", float, None),
+            inpaint=section.many("inpaint", float, ()) or None,
+            bars=section.take("bars", int, None),
+            bpm=section.take("bpm", float, None),
         )
+        check(recipe.inpaint is None or len(recipe.inpaint) == 2, "the recipe.inpaint must be a start and an end")
         section.done()
         return recipe
 

@@ -26,7 +26,8 @@ from .errors import InputError
 
 log = logging.getLogger(__name__)
 # options of `generate` that a recipe holds too, by the names of both and of Model.generate
-_REQUEST = ("prompt", "seconds", "steps", "seed", "cfg_scale", "negative_prompt", "sampler")
+_SOUND = ("noise_level", "inpaint", "bars", "bpm")
+_REQUEST = ("prompt", "seconds", "steps", "seed", "cfg_scale", "negative_prompt", "sampler", *_SOUND)
 
 
 class Command(NamedTuple):
@@ -46,11 +47,25 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--negative-prompt", metavar="TEXT", help="what to guide away from, at another --cfg-scale than 1")
     samplers = "pingpong, euler, rk4 or dpmpp; dpmpp-3m-sde, dpmpp-2m or v-ddim for models of the objective v"
     add("--sampler", metavar="NAME", help=f"{samplers} (default: what the model is made for)")
+    add("--init-audio", type=Path, metavar="FILE", help="sound to start from: any file that libsndfile reads")
+    add("--noise-level", type=float, metavar="LEVEL", help="how much of it is made anew, 0 to 1 (default: 0.7)")
+    add("--inpaint", type=_stretch, metavar="START,END", help="make only these seconds of it anew, and keep the rest")
+    add("--trim", action="store_true", help="of an init audio longer than the model's window, take the start")
+    add("--bars", type=int, help="make a loop of so many bars, of four beats each")
+    add("--bpm", type=float, help="the loop's tempo (default: the one in PROMPT)")
     add("--count", type=int, default=1, metavar="N", help="clips to make, from seeds SEED, SEED+1, …")
     add("--output", type=Path, metavar="PATH", help="a .wav file or a folder (default: a new file named by the prompt)")
     add("--overwrite", action="store_true", help="replace what --output names")
     add("--from", dest="source", type=Path, metavar="FILE.wav", help="make a file's clip again; other options override")
     add("--model", metavar="DIR|ID", help="a model folder, or a hub id (default: the embedded model)")
+
+
+def _stretch(text: str) -> tuple[float, float]:
+    try:
+        start, end = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"give a start and an end in seconds, as in 1.5,3, not {text!r}") from None
+    return start, end
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -59,7 +74,9 @@ def generate(args: argparse.Namespace) -> None:
     options = {name: value for name in _REQUEST if (value := getattr(args, name)) is not None}
     recipe = read_recipe(args.source) if args.source else None
     if recipe:
-        options = {name: getattr(recipe, name) for name in _REQUEST} | options
+        options = recipe.options() | options
+        if recipe.init_audio and not args.init_audio:
+            raise InputError(f"{args.source} was made from {recipe.init_audio!r}: give that file with --init-audio")
     if "prompt" not in options:
         args.parser.error("give a PROMPT, or --from FILE.wav")
     if args.count < 1:
@@ -74,8 +91,10 @@ def generate(args: argparse.Namespace) -> None:
         )
     seed = options.pop("seed", None)
     for clip_seed, path in enumerate(paths, start=secrets.randbelow(2**32) if seed is None else seed):
-        audio = model.generate(**options, seed=clip_seed)
+        audio = model.generate(**options, seed=clip_seed, init_audio=args.init_audio, trim=args.trim)
         audio.save(path, args.overwrite)
+        if recipe and recipe.init_audio_sha256 not in (None, audio.recipe.init_audio_sha256):
+            warnings.warn(f"{args.source} was made from another file than {args.init_audio}", stacklevel=1)
         print(f"{path}: {audio.recipe.seconds:g} s, seed {clip_seed}")
     _log_machine()
 
@@ -146,7 +165,8 @@ def info_clip(path: Path) -> None:
     from . import read_recipe
 
     for name, value in asdict(read_recipe(path)).items():
-        print(f"{name + ':':17}{value!r}")  # repr: a stranger's file must not steer the terminal
+        if value is not None:
+            print(f"{name + ':':19}{value!r}")  # repr: a stranger's file must not steer the terminal
 
 
 def extract_arguments(parser: argparse.ArgumentParser) -> None:

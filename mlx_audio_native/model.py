@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,14 @@ from . import __version__, hub
 from .audio import Audio, Recipe
 from .config import PARTS
 from .dit import Prepared
+from .editing import edit
 from .errors import InputError, MlxAudioError
-from .request import Clip, Request, check_request
-from .sampling import State, Velocity, clip_noise, guided, sample_noise
+from .init_audio import Source, read_source
+from .request import Clip, Request, check_request, window_frames
+from .sampling import SAMPLERS, State, Velocity, clip_noise, guided, sample_noise
 from .tensorfile import sha256
 from .weights import WEIGHTS, load_parts
+from .windows import close_loop, render_long
 
 DEMO = Path(__file__).parent / "demo"
 log = logging.getLogger(__name__)
@@ -61,13 +66,27 @@ class Model:
         negative_prompt: str | None = None,
         seed: int | Sequence[int] | None = None,
         sampler: str | None = None,
+        init_audio: str | os.PathLike[str] | Audio | None = None,
+        noise_level: float | None = None,
+        inpaint: tuple[float, float] | None = None,
+        trim: bool = False,
+        bars: int | None = None,
+        bpm: float | None = None,
     ) -> Audio | list[Audio]:
         """Audio for one prompt; a list of them if prompt, seconds or seed is a sequence, of which any may be single.
 
         A single seed serves every clip, so that a clip of a batch is the clip it would be alone; without one, each
         clip's is drawn and stands in its recipe. Other defaults follow from the model's objective; `seconds` is 4, or
-        the window if that is shorter. A progress bar shows on a terminal. Raises InputError, or MlxAudioError if the
-        result is not finite.
+        the window if that is shorter. A progress bar shows on a terminal.
+
+        `init_audio`, see `read_source`, is what every clip starts from: noise_level tells how much of it is replaced,
+        from 0 to 1 (k-diffusion's samplers: 500), 0.7 by default; `inpaint`, a start and an end in seconds, that only
+        what is between is, and wholly by default. `seconds` is then its length unless told otherwise.
+
+        A clip longer than the window is made of windows, each going on from the one before, see `windows`. `bars` of
+        four beats in place of `seconds` make a loop, at `bpm` or the prompt's own tempo.
+
+        Raises InputError, AudioFileError for the init audio, or MlxAudioError if the result is not finite.
         """
         request = self._check(
             prompt=prompt,
@@ -77,29 +96,35 @@ class Model:
             negative_prompt=negative_prompt,
             seed=seed,
             sampler=sampler,
+            init_audio=init_audio,
+            noise_level=noise_level,
+            inpaint=inpaint,
+            trim=trim,
+            bars=bars,
+            bpm=bpm,
         )
-        with stage("text and seconds"):
-            velocity = self.velocity(request)
-        with stage("sampling"):
-            for state in tqdm(self._denoise(request, velocity), total=request.steps, disable=None, leave=False):
-                mx.eval(state.latents)
-        _require_finite(state.latents, "latents")
-        with stage("decoding"):
-            samples = self._decode(state.latents, max(clip.frames for clip in request.clips))
-        _require_finite(samples, "samples")
-        clips = [
-            Audio(array[: clip.frames].copy(), self.config.sample_rate, self._recipe(request, clip))
-            for array, clip in zip(np.array(samples), request.clips, strict=True)
-        ]
+        if all(clip.made <= window_frames(self.config) for clip in request.clips):
+            made = self._render(request, self._noise(request))
+        else:
+            made = [self._render_long(request, clip) for clip in request.clips]
+        clips = []
+        for samples, clip in zip(made, request.clips, strict=True):
+            if clip.made > clip.frames:
+                samples = close_loop(samples[: clip.made], clip.frames, self.config.sample_rate)
+            samples = samples[: clip.frames]
+            clips.append(Audio(samples.copy(), self.config.sample_rate, self._recipe(request, clip)))
         return clips[0] if request.single else clips
 
     def sample(self, prompt: str | Sequence[str], **options: Any) -> Iterator[State]:
         """The generator under `generate`, for the same arguments: the window's latents (B, T, C) after each step.
 
-        They are not evaluated; that is the caller's, with `mx.eval(state.latents)`.
+        They are not evaluated; that is the caller's, with `mx.eval(state.latents)`. A clip must fit the window.
         """
         request = self._check(prompt=prompt, **options)
-        return self._denoise(request, self.velocity(request))
+        window = window_frames(self.config)
+        if any(clip.made > window for clip in request.clips):
+            raise InputError(f"a clip must fit the window of this model, {window / self.config.sample_rate:.3f} s")
+        return self._denoise(request, self.velocity(request), self._noise(request))
 
     def recipe(self, prompt: str, **options: Any) -> Recipe:
         """What stands in the clip that `generate` makes of the same arguments, without making it."""
@@ -115,13 +140,19 @@ class Model:
 
         return velocity if request.cfg_scale == 1 else guided(velocity, request.cfg_scale)
 
-    def _check(self, **arguments: Any) -> Request:
+    def _check(
+        self, init_audio: str | os.PathLike[str] | Audio | None = None, trim: bool = False, **arguments: Any
+    ) -> Request:
         """The request, if this model can honour it. Raises InputError; warns of what the model will not hear."""
         if None in (self.conditioner, self.dit, self.autoencoder):
             raise InputError(f"making audio takes all of a model's parts: {', '.join(PARTS)}")
         if self.tokenizer is None:
             raise InputError(f"{self.folder} has no spiece.model to read text with")
-        request = check_request(self.config, **arguments)
+        source = None
+        if init_audio is not None:
+            sizes = self.config.sample_rate, self.config.audio_channels, window_frames(self.config)
+            source = read_source(init_audio, *sizes, trim)
+        request = check_request(self.config, source=source, **arguments)
         limit = self.config.prompt.max_length
         for text in dict.fromkeys([*(clip.prompt for clip in request.clips), request.negative_prompt or ""]):
             if cut := self.tokenizer.find_cut(text, limit):
@@ -142,15 +173,45 @@ class Model:
 
     def _encode(self, request: Request, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
         """Cross-attention tokens (B, N, D), zero where masked, and global vector (B, G)."""
-        known = {"seconds_start": 0.0, "seconds_total": [clip.seconds for clip in request.clips]}
+        known = {"seconds_start": 0.0, "seconds_total": [clip.told for clip in request.clips]}
         numbers = {number.id: known[number.id] for number in self.config.numbers if number.id in known}
         encoded = self.conditioner.encode(*self.tokenizer.encode(prompts), **numbers)
         return encoded.cross_attention * encoded.mask[..., None], encoded.global_cond
 
-    def _denoise(self, request: Request, velocity: Velocity) -> Iterator[State]:
+    def _noise(self, request: Request) -> Iterator[mx.array]:
         shape = self.config.latent_length, self.config.latent_channels
-        noise = clip_noise([clip.seed for clip in request.clips], shape)
-        return sample_noise(velocity, noise, request.sampler, request.steps)
+        return clip_noise([clip.seed for clip in request.clips], shape)
+
+    def _denoise(self, request: Request, velocity: Velocity, noise: Iterator[mx.array]) -> Iterator[State]:
+        if request.source is None:
+            return sample_noise(velocity, noise, request.sampler, request.steps)
+        return edit(self.config, self.autoencoder, request, velocity, noise)
+
+    def _render(self, request: Request, noise: Iterator[mx.array]) -> np.ndarray:
+        """Samples (B, at least the frames asked for, channels) of clips that fit the window."""
+        with stage("text and seconds"):
+            velocity = self.velocity(request)
+        with stage("sampling"):
+            states = self._denoise(request, velocity, noise)
+            for state in tqdm(states, total=request.steps, disable=None, leave=False):
+                mx.eval(state.latents)
+        _require_finite(state.latents, "latents")
+        with stage("decoding"):
+            samples = self._decode(state.latents, max(clip.made for clip in request.clips))
+        _require_finite(samples, "samples")
+        return np.array(samples)
+
+    def _render_long(self, request: Request, clip: Clip) -> np.ndarray:
+        noise = self._noise(replace(request, clips=(clip,)))
+
+        def render(part: Clip, source: Source | None, kept: int) -> np.ndarray:
+            one = replace(request, clips=(part,))
+            if source is not None:
+                fill = kept / self.config.sample_rate, window_frames(self.config) / self.config.sample_rate
+                one = replace(one, source=source, noise_level=SAMPLERS[request.sampler].sigma_max, inpaint=fill)
+            return self._render(one, noise)[0]
+
+        return render_long(render, self.config, clip)
 
     def _decode(self, latents: mx.array, frames: int) -> mx.array:
         """float32 samples (B, at least frames, channels), from no more latents than have a part in them."""
@@ -170,6 +231,12 @@ class Model:
             model=hub.name(self.folder),
             model_sha256=self.sha256,
             version=__version__,
+            init_audio=request.source.name if request.source else None,
+            init_audio_sha256=request.source.sha256 if request.source else None,
+            noise_level=request.noise_level,
+            inpaint=request.inpaint,
+            bars=request.bars,
+            bpm=clip.bpm,
         )
 
 

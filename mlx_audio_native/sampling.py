@@ -181,14 +181,32 @@ def denoise(velocity: Velocity, x: mx.array, sigma: float) -> mx.array:
     return x / length**2 - (sigma / length) * velocity(x / length, 2 * math.atan(sigma) / math.pi)
 
 
+def straight(clean: mx.array, noise: mx.array, level: float) -> mx.array:
+    """Latents of a rectified flow at a time."""
+    return (1 - level) * clean + level * noise
+
+
+def added(clean: mx.array, noise: mx.array, level: float) -> mx.array:
+    """Latents of k-diffusion's samplers at a noise level."""
+    return clean + level * noise
+
+
+def rotated(clean: mx.array, noise: mx.array, level: float) -> mx.array:
+    """Latents of the objective v at a time."""
+    return math.cos(level * math.pi / 2) * clean + math.sin(level * math.pi / 2) * noise
+
+
 FLOWS = ("rectified_flow", "rf_denoiser")
 
 
 class Sampler(NamedTuple):
-    """A step function, the reference's schedule for it, the objectives it is for, and at which level all is noise."""
+    """A step function, the reference's schedule for it, how latents look at a level of that schedule's, the objectives
+    it is for, and the level at which all is noise.
+    """
 
     run: Callable[[Velocity, mx.array, Sequence[float], Iterator[mx.array]], Iterator[mx.array]]
     schedule: Callable[[int, float], list[float]]
+    noised: Callable[[mx.array, mx.array, float], mx.array] = straight
     objectives: tuple[str, ...] = FLOWS
     sigma_max: float = 1.0
 
@@ -198,9 +216,9 @@ SAMPLERS = {
     "euler": Sampler(euler, log_snr_schedule),
     "rk4": Sampler(rk4, linear_schedule),
     "dpmpp": Sampler(dpmpp, log_snr_schedule),
-    "dpmpp-3m-sde": Sampler(dpmpp_3m_sde, polyexponential_schedule, ("v",), SIGMA_MAX),
-    "dpmpp-2m": Sampler(dpmpp_2m, polyexponential_schedule, ("v",), SIGMA_MAX),
-    "v-ddim": Sampler(v_ddim, linear_schedule, ("v",)),
+    "dpmpp-3m-sde": Sampler(dpmpp_3m_sde, polyexponential_schedule, added, ("v",), SIGMA_MAX),
+    "dpmpp-2m": Sampler(dpmpp_2m, polyexponential_schedule, added, ("v",), SIGMA_MAX),
+    "v-ddim": Sampler(v_ddim, linear_schedule, rotated, ("v",)),
 }
 
 
@@ -253,6 +271,17 @@ def sample(
 def sample_noise(velocity: Velocity, noise: Iterator[mx.array], sampler: str, steps: int) -> Iterator[State]:
     """`sample` from the first noise, as strong as the sampler wants it."""
     return sample(velocity, SAMPLERS[sampler].sigma_max * next(noise), noise, sampler, steps)
+
+
+def sample_from(
+    velocity: Velocity, latents: mx.array, noise: Iterator[mx.array], sampler: str, steps: int, level: float
+) -> Iterator[State]:
+    """`sample` from clean latents (B or 1, T, C) with the first noise mixed in, as the reference mixes init audio.
+
+    At level 0 they stay as they are. Level 1 is `sample_noise`, but for samplers over noise levels: even at their
+    strongest the reference keeps the latents below the noise.
+    """
+    return sample(velocity, SAMPLERS[sampler].noised(latents, next(noise), level), noise, sampler, steps, level)
 
 
 def clip_noise(seeds: Sequence[int], shape: tuple[int, int]) -> Iterator[mx.array]:
