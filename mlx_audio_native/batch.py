@@ -138,12 +138,12 @@ def _read_line(text: bytes, where: str, folder: Path) -> Line:
     options |= {key: section.take(key, kind, None) for key, kind in _SCALARS.items() if key != "prompt"}
     options["inpaint"] = section.many("inpaint", float, ()) or None
     name = section.take("name", str, file_stem(options["prompt"]))
-    # not drawn: the same list makes the same clips
-    options["seed"] = section.take("seed", int, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
-    section.done()
     if not _NAME.fullmatch(name) or len(name.encode()) > _LONGEST_NAME:
         rule = f"letters, digits, spaces and _ + # , ( ) -, at most {_LONGEST_NAME} bytes, from a letter or digit on"
         raise InputError(f"{where}.name {name!r:.60} cannot name a file: it takes {rule}")
+    # not drawn: the same list makes the same clips
+    options["seed"] = section.take("seed", int, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
+    section.done()
     if options["init_audio"] is not None:
         options["init_audio"] = folder / options["init_audio"]
     return Line(where, name, {key: value for key, value in options.items() if value is not None})
