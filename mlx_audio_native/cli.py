@@ -233,6 +233,31 @@ def inspect(args: argparse.Namespace) -> None:
     print(json.dumps(report.as_json(), indent=2) if args.json else "\n".join(report.lines()))
 
 
+def bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from .releases import OPEN_1_0, SMALL
+
+    add = parser.add_argument
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", metavar="DIR|ID", help="a model folder, or a hub id (default: the embedded model)")
+    model.add_argument("--random", choices=(SMALL, OPEN_1_0), help="the sizes of this model, with random weights")
+    add("--seconds", type=float, help="length of the clip (default: the model's window)")
+    add("--steps", type=int, help="sampling steps (default: what the model is made for)")
+    add("--batch", type=int, default=1, metavar="N", help="clips at once (default: 1)")
+    add("--dtype", metavar="NAME", help="float16, bfloat16 or float32 (default: what generate takes)")
+    add("--runs", type=int, default=5, metavar="N", help="after the first, cold one (default: 5)")
+    add("--json", type=Path, metavar="FILE", help="write the figures there, too")
+
+
+def bench(args: argparse.Namespace) -> None:
+    from .bench import run, table
+
+    options = {name: getattr(args, name) for name in ("seconds", "steps", "batch")}
+    report = run(args.model, args.random, args.dtype, args.runs, **options)
+    print("\n".join(table(report)))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
 def _extraction(module: str = "") -> ModuleType:
     try:
         import tflite  # noqa: F401
@@ -259,6 +284,7 @@ COMMANDS = (
     Command("convert", "a published checkpoint as one model folder", convert_arguments, convert),
     Command("extract", "a .tflite file's conditioners as part of a model folder", extract_arguments, extract),
     Command("inspect", "what a .tflite file holds", inspect_arguments, inspect),
+    Command("bench", "how long each stage takes on this machine", bench_arguments, bench),
     Command("info", "what made a clip, or what a model folder holds", info_arguments, info),
 )
 
