@@ -7,20 +7,21 @@ does not matter how an exporter spelled them, nor whether it folded their gains 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, pi, prod, sqrt
+from math import pi, prod
 
 import numpy as np
 
+from . import attention
 from .errors import ExtractionError
 from .evaluate import Evaluator
 from .graph import Linear, Wiring
+from .layer_norm import layer_norm
 from .probe import shaped
 from .schema import Operator
 from .seconds import Chain, chains
 
-_LARGE = 1e4
 _CLOSE = 1e-6
 _LAYER = "transformer.layers.{}."
 
@@ -250,7 +251,7 @@ class _Recovery:
             found = self.evaluator.run(zeros | feeds, [linear.input])[0]
             return shaped(found, (self.frames + 1, self.width), where)[0]
 
-        found = _layer_norm(read, self.width, where)
+        found = layer_norm(read, self.width, where)
         if found is None:
             raise ExtractionError(f"no norm stands between the residual stream and {linear.operator}")
         gain, offset, epsilon = found[0].astype(np.float32), found[1].astype(np.float32), found[2]
@@ -259,75 +260,21 @@ class _Recovery:
         self.weights |= {f"{name}.gamma": gain, f"{name}.beta": offset}
 
     def queries_and_keys(self, name: str, softmax: Operator, made_by: tuple[Linear, Linear], heads: int) -> None:
-        """The norms of queries and keys, where there are such, and how their product is scaled."""
-        product, head = self.scores(softmax), self.width // heads
-        norms, scales = [], []
-        for side, linear in enumerate(made_by):
-            read = self.states_reader(product, side, linear, heads)
-            where = f"what {product} makes of {linear.operator}"
-            norms.append(_layer_norm(read, head, where))
-            scales.append(
-                self.factor(product.inputs[side], linear.output) if norms[-1] else _plain_scale(read, head, where)
-            )
-        if (norms[0] is None) != (norms[1] is None):
-            raise ExtractionError(f"{product} multiplies normed by plain states")
-        self.query_key_normed.add(norms[0] is not None)
-        ones = {tensor: np.ones(self.wiring.shape(tensor)) for tensor in product.inputs}
-        behind = float(self.evaluator.run(ones, [softmax.inputs[0]])[0].reshape(-1)[0]) / head
-        # against the 1/√head that the runtime multiplies by
-        excess = scales[0] * scales[1] * behind * sqrt(head)
-        if not (isfinite(excess) and excess > 0):
-            raise ExtractionError(f"the scores before {softmax} are scaled by no positive number")
-        if abs(excess - 1) > _CLOSE:
+        """Takes the norms of queries and keys, where there are such, and makes up for a scale that was folded."""
+        head = self.width // heads
+        norms, excess = attention.measure(self.wiring, self.evaluator, softmax, made_by, heads, head)
+        self.query_key_normed.add(norms is not None)
+        if excess != 1:
             self.notes.append(f"{name}: 1/√{head} is folded into the graph's weights; here the queries make up for it")
-        else:
-            excess = 1.0
-        for letter, norm, scale in zip("qk", norms, (scales[0] / excess, scales[1]), strict=True):
-            if norm is not None:
-                self.weights[f"{name}{letter}_norm.weight"] = (norm[0] / scale).astype(np.float32)
-                self.weights[f"{name}{letter}_norm.bias"] = (norm[1] / scale).astype(np.float32)
-        if norms[0] is None and excess != 1:
+        if norms is not None:
+            for letter, (gain, offset), factor in zip("qk", norms, (excess, 1.0), strict=True):
+                self.weights[f"{name}{letter}_norm.weight"] = (gain * factor).astype(np.float32)
+                self.weights[f"{name}{letter}_norm.bias"] = (offset * factor).astype(np.float32)
+        elif excess != 1:
             queries = f"{name}to_qkv.weight" if made_by[0] is made_by[1] else f"{name}to_q.weight"
             weight = self.weights[queries].astype(np.float32)
-            self.weights[queries] = np.concatenate([weight[: self.width] * np.float32(excess), weight[self.width :]])
-
-    def states_reader(self, product: Operator, side: int, linear: Linear, heads: int) -> Callable:
-        """Reads what the first head's queries (side 0) or keys are at position 0, for one head's channels fed."""
-        tensor, head = product.inputs[side], self.width // heads
-        if self.before(tensor) != {linear.output}:
-            raise ExtractionError(f"{product} multiplies more than queries and keys")
-        # position 0 is not rotated; channels lie last unless the operand is transposed
-        last = product.options["adj_y"] if side else not product.options["adj_x"]
-
-        def read(value: np.ndarray) -> np.ndarray:
-            fed = {linear.output: np.resize(value, self.wiring.shape(linear.output))}
-            states = self.evaluator.run(fed, [tensor])[0]
-            count = max(states.size // (heads * head), 1)
-            states = shaped(states, (heads, count, head) if last else (heads, head, count), f"an operand of {product}")
-            return states[0, 0] if last else states[0, :, 0]
-
-        return read
-
-    def scores(self, softmax: Operator) -> Operator:
-        """The product of queries and keys before a softmax."""
-        tensor = softmax.inputs[0]
-        while (operator := self.wiring.producer.get(tensor)) is not None:
-            computed = [index for index in operator.inputs if index != -1 and self.wiring.dynamic(index)]
-            if operator.name == "BATCH_MATMUL" and len(computed) == len(operator.inputs) == 2:
-                return operator
-            if len(computed) != 1:
-                break
-            tensor = computed[0]
-        raise ExtractionError(f"{softmax} does not follow a product of queries and keys")
-
-    def factor(self, tensor: int, start: int) -> float:
-        """The single numbers that are multiplied in between two tensors, whatever their sign."""
-        product = 1.0
-        for operator in self.wiring.slice([tensor], {start}):
-            for index in operator.inputs if operator.name == "MUL" else ():
-                if index != -1 and not self.wiring.dynamic(index) and prod(self.wiring.shape(index)) == 1:
-                    product *= abs(float(self.evaluator.constant(index).reshape(-1)[0]))
-        return product if 0 < product < _LARGE else 1.0
+            weight[: self.width] *= np.float32(excess)
+            self.weights[queries] = weight
 
     def frequencies(self, time: _Entry) -> np.ndarray:
         """w of the features cos(2π·t·w), sin(2π·t·w)."""
@@ -354,6 +301,8 @@ class _Recovery:
         if self.context_width not in (self.width, token_dim):
             raise ExtractionError(f"tokens of {token_dim} become {self.context_width} wide, which no DiT does")
         epsilon, mult = self.epsilons.pop(), ff_dim / self.width
+        # the reference cuts the product down to a whole number
+        mult = mult if int(self.width * mult) == ff_dim else (ff_dim + 0.5) / self.width
         return {
             **{"io_channels": channels, "embed_dim": self.width, "depth": depth, "num_heads": heads},
             "cond_token_dim": token_dim,
@@ -364,42 +313,3 @@ class _Recovery:
             **({"ff_kwargs": {"mult": mult}} if mult != 4 else {}),
             **({"norm_kwargs": {"eps": epsilon}} if epsilon != 1e-5 else {}),
         }
-
-
-def _plain_scale(read: Callable[[np.ndarray], np.ndarray], width: int, where: str) -> float:
-    """The factor of `read(x) = factor · x`."""
-    values = np.arange(1.0, width + 1)
-    found = read(values) / values
-    if not np.allclose(found, found[0], rtol=_CLOSE, atol=0):
-        raise ExtractionError(f"{where} is neither normed nor merely scaled")
-    return float(found[0])
-
-
-def _layer_norm(
-    read: Callable[[np.ndarray], np.ndarray], width: int, where: str
-) -> tuple[np.ndarray, np.ndarray, float] | None:
-    """Gain, offset and epsilon of `read(x) = LayerNorm(x) · gain + offset`; None where `read` does not norm at all."""
-    if width % 2:
-        raise ExtractionError(f"{where}: an odd width of {width}")
-    # without a mean and of a variance that is the square of its size
-    signs = 1.0 - 2.0 * (np.arange(width) % 2)
-
-    def excess(size: float) -> np.ndarray:
-        return (read(size * signs) - offset) * signs
-
-    offset = read(np.zeros(width))
-    gain = excess(_LARGE)
-    if not np.isfinite(gain).all() or not gain.any():
-        raise ExtractionError(f"{where} is no norm")
-    if np.abs(excess(2 * _LARGE) - gain).max() > _CLOSE * np.abs(gain).max():
-        return None
-    best = int(np.argmax(np.abs(gain)))
-    epsilon, size = 0.0, 1e-3
-    for _ in range(2):
-        # most precise where the stream is as small as epsilon lets it count
-        small = float(excess(size)[best])
-        epsilon = size**2 * ((float(gain[best]) / small) ** 2 - 1) if small else -1.0
-        if not 0 < epsilon < 1:
-            raise ExtractionError(f"{where} has no epsilon between 0 and 1")
-        size = sqrt(epsilon)
-    return gain, offset, float(str(np.float32(epsilon)))
