@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from extraction import ExtractionError, arm
+from extraction import ExtractionError, arm, arm_check, oobleck
+from extraction.graph import Wiring
 from extraction.schema import read as read_graph
 from golden.__main__ import main
 from mlx_audio_native import load
@@ -165,3 +166,15 @@ def test_weights_that_are_not_finite_are_refused(folder):
     damaged(path / "1.tflite", (68, 8), float("nan"))
     with pytest.raises(ExtractionError, match=r"1.tflite: .*not.* finite"):
         arm.read(path)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_decoder_that_is_too_much_work_is_compared_as_far_as_it_is_not(place, folder, monkeypatch):
+    stages = oobleck.recover(Wiring(read_graph(ARM / "autoencoder_float32.tflite"))).stages
+    assert len(stages) == 4
+    monkeypatch.setattr(arm_check, "_MOST_WORK", stages[place][1])
+    _, _, report = arm.read(folder("float32"))
+    decoder = report.files[2]
+    assert decoder.check["decoder"] <= 1e-5
+    said = [note for note in decoder.notes if note.startswith("the decoder is compared up to its layer")]
+    assert said == ([f"the decoder is compared up to its layer {place + 1} of 3 only"] if place < 3 else [])
