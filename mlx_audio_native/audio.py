@@ -137,7 +137,7 @@ def new_file(path: Path) -> Iterator[Path]:
         yield part
         part.replace(path)
     except OSError as error:
-        raise AudioFileError(f"cannot write {path}: {error.strerror}") from None
+        raise AudioFileError(f"cannot write {path}: {error.strerror}") from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -30,8 +30,7 @@ MANIFEST = "manifest.jsonl"
 # without a dot or a slash, a name can neither hide nor leave the folder
 _NAME = re.compile(r"\w[\w +#,()-]*")
 _LONGEST_NAME = 200
-_SCALARS = {
-    "prompt": str,
+_OPTIONS = {
     "seconds": float,
     "steps": int,
     "cfg_scale": float,
@@ -133,10 +132,12 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def _read_line(text: bytes, where: str, folder: Path) -> Line:
-    section = Section(json.loads(text.decode(), object_pairs_hook=_object), where)
+    values = json.loads(text.decode(), object_pairs_hook=_object)
+    section = Section(values, where)
     options = {"prompt": section.take("prompt", str)}
-    options |= {key: section.take(key, kind, None) for key, kind in _SCALARS.items() if key != "prompt"}
-    options["inpaint"] = section.many("inpaint", float, ()) or None
+    options |= {key: section.take(key, kind, None) for key, kind in _OPTIONS.items()}
+    inpaint = section.many("inpaint", float, ())
+    options["inpaint"] = inpaint if "inpaint" in values else None
     name = section.take("name", str, file_stem(options["prompt"]))
     if not _NAME.fullmatch(name) or len(name.encode()) > _LONGEST_NAME:
         rule = f"letters, digits, spaces and _ + # , ( ) -, at most {_LONGEST_NAME} bytes, from a letter or digit on"
@@ -144,16 +145,17 @@ def _read_line(text: bytes, where: str, folder: Path) -> Line:
     # not drawn: the same list makes the same clips
     options["seed"] = section.take("seed", int, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
     section.done()
-    if options["init_audio"] is not None:
-        options["init_audio"] = folder / options["init_audio"]
+    if source := options["init_audio"]:
+        if not source.isprintable():
+            raise InputError(f"{where}.init_audio cannot name a file, found {source!r:.60}")
+        options["init_audio"] = folder / source
     return Line(where, name, {key: value for key, value in options.items() if value is not None})
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
+    if len(dict(pairs)) < len(pairs):
         raise ValueError("a key stands there twice")
-    return values
+    return {key: value for key, value in pairs if value is not None}  # null is as good as absent
 
 
 def _join() -> tuple[int, int]:
@@ -225,5 +227,10 @@ def write_manifest(targets: Sequence[Target], output: Path) -> None:
         values = {"name": target.line.name, "file": target.path.name, "sha256": sha256(target.path)}
         values["recipe"] = asdict(read_recipe(target.path))
         lines.append(json.dumps(values, ensure_ascii=False) + "\n")
-    with new_file(output / MANIFEST) as part:
-        part.write_text("".join(lines), encoding="utf-8")
+    try:
+        with new_file(output / MANIFEST) as part:
+            part.write_text("".join(lines), encoding="utf-8")
+    except AudioFileError as error:
+        # another process that found all there removed the new file as a remainder: it writes the same after that
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
