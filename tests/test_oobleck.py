@@ -44,9 +44,13 @@ def ceil_half(stride: int) -> int:
     return (stride + 1) // 2
 
 
-def close(found: mx.array, expected: np.ndarray) -> bool:
+def close(found: mx.array, expected: np.ndarray, least: float = 0.0) -> bool:
+    """Relative rms; `least` is what the expected rms counts as where terms of the size of 1 may cancel."""
     found = np.array(found, np.float64)
-    return found.shape == expected.shape and np.sqrt(((found - expected) ** 2).sum() / (expected**2).sum()) <= BOUND
+    if found.shape != expected.shape:
+        return False
+    off, size = (np.sqrt((array**2).mean()) for array in (found - expected, expected))
+    return off <= BOUND * max(size, least)
 
 
 sizes = {"inputs": st.integers(1, 5), "outputs": st.integers(1, 5), "seed": st.integers(0, 2**32)}
@@ -66,7 +70,7 @@ def test_upsampling_equals_the_transposed_convolution(length, stride, batch, inp
     assert y.shape == (batch, length * stride - stride % 2, outputs)
     for row in range(batch):
         expected = define_transposed(x[row].astype(np.float64), kernel, bias, stride, ceil_half(stride))
-        assert expected.size == 0 or close(y[row], expected)
+        assert expected.size == 0 or close(y[row], expected, 0.1)
 
 
 @given(blocks=st.integers(2, 12), more=st.integers(0, 10), stride=st.integers(1, 11), **sizes)
@@ -77,7 +81,7 @@ def test_downsampling_equals_the_strided_convolution(blocks, more, stride, input
     layer.weight = mx.array(kernel).transpose(0, 2, 1).reshape(outputs, 2, stride * inputs)
     layer.bias = mx.array(bias)
     expected = define_conv(x[0].astype(np.float64), kernel, bias, stride, ceil_half(stride), 1)
-    assert close(layer(mx.array(x))[0], expected)
+    assert close(layer(mx.array(x))[0], expected, 0.1)
 
 
 @given(length=st.integers(1, 60), kernel=st.sampled_from([1, 3, 7]), dilation=st.sampled_from([1, 3, 9]), **sizes)
@@ -86,7 +90,8 @@ def test_dilated_convolution_keeps_the_length(length, kernel, dilation, inputs, 
     layer = Conv(inputs, outputs, kernel, dilation)
     layer.weight, layer.bias = mx.array(weight).transpose(0, 2, 1), mx.array(bias)
     padding = dilation * (kernel // 2)
-    assert close(layer(mx.array(x))[0], define_conv(x[0].astype(np.float64), weight, bias, 1, padding, dilation))
+    expected = define_conv(x[0].astype(np.float64), weight, bias, 1, padding, dilation)
+    assert close(layer(mx.array(x))[0], expected, 0.1)
 
 
 def define_coder(x: np.ndarray, tensors: Tensors, config: OobleckConfig, decoding: bool) -> np.ndarray:
