@@ -8,6 +8,7 @@ from math import ceil, prod
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .convolution import Conv, Downsample, Upsample
 from .errors import InputError
@@ -130,6 +131,13 @@ class AutoencoderConfig:
         return last + reach + 1
 
 
+def sine(x: mx.array) -> mx.array:
+    """mx.sin; on the CPU, where that goes number by number, NumPy's: 15 times as fast, but it evaluates x."""
+    if mx.default_device() != mx.cpu:
+        return mx.sin(x)
+    return mx.array(np.sin(np.asarray(x.astype(mx.float32)))).astype(x.dtype)
+
+
 class Snake(nn.Module):
     """`x + sin²(exp(α)·x) / (exp(β) + 1e-9)`; the two functions of α and β are folded when weights are loaded."""
 
@@ -139,7 +147,7 @@ class Snake(nn.Module):
         self.magnitude = mx.ones((channels,))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return x + self.magnitude * mx.square(mx.sin(self.frequency * x))
+        return x + self.magnitude * mx.square(sine(self.frequency * x))
 
 
 class ELU(nn.Module):
