@@ -1,8 +1,11 @@
 """The README's examples do what they say, with the embedded model."""
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,18 @@ def _elsewhere(tmp_path, monkeypatch):
     shutil.copyfile(DEMO / "spiece.model", "spiece.model")
 
 
+def launch(line):
+    """What a command line under MLX's launcher prints; the launcher's own status is 0 whatever happens."""
+    scripts = sysconfig.get_path("scripts")
+    # ring: a machine may have fewer GPUs than the line has processes. A stdin that ends makes the launcher spin.
+    command = [f"{scripts}/mlx.launch", "--backend", "ring", *shlex.split(line)[1:]]
+    environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        return process.stdout.read()
+
+
 def test_examples(tmp_path):
     """All of them, in the order in which they stand; what sets an environment up is run by .ci/run."""
     names = {}
@@ -34,6 +49,8 @@ def test_examples(tmp_path):
             for line in text.splitlines():
                 if line.startswith("mlx-audio-native "):
                     assert main(shlex.split(line)[1:]) == 0, line
+                elif line.startswith("mlx.launch "):
+                    assert "manifest.jsonl: " in launch(line), line
     assert all(len(names[name].samples) for name in ("audio", "loop", "lead"))
     assert names["tokens"].shape[:2] == (1, 65)
     assert (tmp_path / "house.wav").is_file()
