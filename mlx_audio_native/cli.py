@@ -131,6 +131,9 @@ def batch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def batch(args: argparse.Namespace) -> None:
+    from .blas import require_backend
+
+    require_backend()
     from . import batch
 
     print("\n".join(batch.run(args.model, args.path, args.output, args.batch_size, args.overwrite)))
