@@ -42,7 +42,7 @@ def measure(
         scales.append(_factor(wiring, evaluator, tensor, linear.output) if normed else plain_scale(read, head, where))
     if (norms[0] is None) != (norms[1] is None):
         raise ExtractionError(f"{product} multiplies normed by plain states")
-    ones = {tensor: np.ones(wiring.shape(tensor)) for tensor in product.inputs}
+    ones = {tensor: np.ones(evaluator.room(product, wiring.shape(tensor))) for tensor in product.inputs}
     behind = float(evaluator.run(ones, [softmax.inputs[0]])[0].reshape(-1)[0]) / head
     excess = scales[0] * scales[1] * behind * sqrt(head)
     if not (isfinite(excess) and excess > 0):
@@ -76,7 +76,8 @@ def _reader(
     last = product.options["adj_y"] if side else not product.options["adj_x"]
 
     def read(value: np.ndarray) -> np.ndarray:
-        states = evaluator.run({linear.output: np.resize(value, wiring.shape(linear.output))}, [tensor])[0]
+        shape = evaluator.room(linear.operator, wiring.shape(linear.output))
+        states = evaluator.run({linear.output: np.resize(value, shape)}, [tensor])[0]
         count = max(states.size // (heads * head), 1)
         states = shaped(states, (heads, count, head) if last else (heads, head, count), f"an operand of {product}")
         return states[0, 0] if last else states[0, :, 0]

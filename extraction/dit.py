@@ -244,10 +244,11 @@ class _Recovery:
     def norm(self, linear: Linear, name: str) -> None:
         """Gain and offset of the norm between the residual stream and a product."""
         where = f"the norm before {linear.operator}"
-        zeros = {tensor: np.zeros(self.wiring.shape(tensor)) for tensor in self.residual}
+        shapes = {tensor: self.evaluator.room(linear.operator, self.wiring.shape(tensor)) for tensor in self.residual}
+        zeros = {tensor: np.zeros(shape) for tensor, shape in shapes.items()}
 
         def read(value: np.ndarray) -> np.ndarray:
-            feeds = {tensor: np.resize(value, self.wiring.shape(tensor)) for tensor in self.first}
+            feeds = {tensor: np.resize(value, shapes[tensor]) for tensor in self.first}
             found = self.evaluator.run(zeros | feeds, [linear.input])[0]
             return shaped(found, (self.frames + 1, self.width), where)[0]
 
