@@ -23,12 +23,14 @@ MEASURE = """
 import json, resource, sys, time
 from mlx_audio_native import load
 from mlx_audio_native.cli import main
+before = resource.getrusage(resource.RUSAGE_SELF)
 start = time.perf_counter()
 {work}
 seconds = time.perf_counter() - start
 used = resource.getrusage(resource.RUSAGE_SELF)
+cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
 unit = 1 if sys.platform == "darwin" else 1024
-print(json.dumps(dict(seconds=seconds, cpu=used.ru_utime + used.ru_stime, memory=used.ru_maxrss * unit)))
+print(json.dumps(dict(seconds=seconds, cpu=cpu, memory=used.ru_maxrss * unit)))
 """
 
 
@@ -95,17 +97,17 @@ def measure(work):
 
 
 @pytest.mark.slow
-def test_a_full_size_checkpoint_converts_in_time_and_memory(checkpoint, tmp_path):
+def test_a_full_size_checkpoint_converts_and_loads_in_time_and_memory(checkpoint, tmp_path):
+    """20 s to convert and 2 s to load on two cores, as processor time: a busy machine lengthens wall time alone."""
     output = tmp_path / "model"
-    cost = measure(f"assert main(['convert', {str(checkpoint)!r}, '--output', {str(output)!r}]) == 0")
-    assert cost["memory"] < 4e9 and cost["seconds"] < 20, cost
-    # of several, as whoever else uses the machine slows it down
-    costs = [measure(f"load({str(output)!r})") for _ in range(5)]
-    assert min(cost["memory"] for cost in costs) < 4e9, costs
-    assert min(cost["seconds"] for cost in costs) < 2, costs
-    shutil.rmtree(output)
-    cost = measure(f"assert main(['convert', {str(checkpoint)!r}, '--output', {str(output)!r}, '--q-bits', '8']) == 0")
-    assert cost["memory"] < 4e9 and cost["seconds"] < 20, cost
-    stored = open_tensors(output / "model.safetensors")
-    assert sum(tensor.dtype == "U32" for tensor in stored.values()) == 16 * 7 + 12 * 6
-    assert min(measure(f"load({str(output)!r})")["seconds"] for _ in range(3)) < 2
+    for options in ([], ["--dtype", "float16", "--q-bits", "8"]):
+        command = ["convert", str(checkpoint), "--output", str(output), *options]
+        cost = measure(f"assert main({command!r}) == 0")
+        assert cost["memory"] < 4e9 and cost["cpu"] < 2 * 20, cost
+        costs = [measure(f"load({str(output)!r})") for _ in range(5)]
+        print(options, cost, costs)
+        assert min(cost["memory"] for cost in costs) < 4e9, costs
+        assert min(cost["cpu"] for cost in costs) < 2 * 2, costs
+        packed = sum(tensor.dtype == "U32" for tensor in open_tensors(output / "model.safetensors").values())
+        assert packed == (16 * 7 + 12 * 6 if options else 0)
+        shutil.rmtree(output)
