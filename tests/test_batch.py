@@ -318,7 +318,7 @@ def children(process):
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="finding the launcher's processes takes ps")
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_process_that_dies_holds_up_no_other(small_folder, small_model, tmp_path, victim):
     lines = [{**line, "steps": 12} for line in entries(8)]
     path, out = write(tmp_path / "list.jsonl", lines), tmp_path / "out"
