@@ -18,6 +18,7 @@ COMMANDS = {
     "record": ("record", "record the reference's tensors for the stored models, or for a model folder"),
     "compare": ("compare", "hold a model folder against recorded tensors; the embedded model's without arguments"),
     "conformance": ("conformance", "how far each stage is from the reference in each precision"),
+    "bench": ("bench", "time the runtime beside the reference, with the same weights"),
     "listen": ("listen", "generate held-out prompts and count how many sound like what was asked for"),
 }
 

@@ -224,27 +224,34 @@ class Recorder:
 
 def _states(model: nn.Module, run: Run, noise: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Latents after each step of the reference's own sampler, started from the first noise, drawing the others."""
+    seen: list[torch.Tensor] = []
+    with _draws(noise[1:]):
+        last = sample(model, run, noise[0], inputs, callback=lambda info: seen.append(info["x"].clone()))
+    # euler and rk4 show the latents after a step, v-ddim too but for the last; the others before it
+    return [*seen[:-1], last] if run.sampler in ("euler", "rk4", "v-ddim") else [*seen[1:], last]
+
+
+def sample(
+    model: nn.Module, run: Run, noise: torch.Tensor, inputs: dict[str, torch.Tensor], **options: Any
+) -> torch.Tensor:
+    """Latents (B, C, T) by the reference's own sampler, from noise on its device; `options` go to it."""
     from stable_audio_tools.inference.sampling import sample_k, sample_rf
 
-    seen: list[torch.Tensor] = []
     over_sigmas = model.diffusion_objective == "v"
-    options = _SIGMAS if over_sigmas else {"dist_shift": None}
-    with _draws(noise[1:]), redirect_stderr(io.StringIO()):  # progress bars that cannot be turned off
-        last = (sample_k if over_sigmas else sample_rf)(
+    options = {**options, **(_SIGMAS if over_sigmas else {"dist_shift": None})}
+    with redirect_stderr(io.StringIO()):  # progress bars that cannot be turned off
+        return (sample_k if over_sigmas else sample_rf)(
             model.model,
-            noise[0],
+            noise,
             steps=run.steps,
             sampler_type=run.sampler,
-            device="cpu",
-            callback=lambda info: seen.append(info["x"].clone()),
+            device=noise.device,
             cfg_scale=run.cfg_scale,
             batch_cfg=True,
             rescale_cfg=True,
             **options,
             **inputs,
         )
-    # euler and rk4 show the latents after a step, v-ddim too but for the last; the others before it
-    return [*seen[:-1], last] if run.sampler in ("euler", "rk4", "v-ddim") else [*seen[1:], last]
 
 
 @contextmanager

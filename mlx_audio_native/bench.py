@@ -111,6 +111,12 @@ class Bench:
         if self.request.clips[0].frames > window_frames(model.config):
             raise InputError(f"only clips within the model's window are measured, not {length:g} s")
 
+    @property
+    def latents(self) -> int:
+        """How many latent frames are decoded."""
+        needed = self.model.autoencoder.config.latents_for(self.request.clips[0].frames)
+        return min(needed, self.model.config.latent_length)
+
     def run(self) -> None:
         """Once stage by stage, as `Model.generate` goes about it, and once by `Model.generate`.
 
@@ -126,8 +132,7 @@ class Bench:
             for state in sample_noise(velocity, noise, request.sampler, request.steps):
                 mx.eval(state.latents)
         with measure("decoding"), stage("decoding"):
-            needed = model.autoencoder.config.latents_for(request.clips[0].frames)
-            samples = model.autoencoder.decode(state.latents[:, :needed])
+            samples = model.autoencoder.decode(state.latents[:, : self.latents])
             mx.eval(samples)
         with measure("to NumPy"):
             np.array(samples)
@@ -150,23 +155,29 @@ class Bench:
         with self.times.measure("seconds alone"):
             mx.eval([embed(mx.array(known[id_]).reshape(-1)) for id_, embed in conditioner.numbers.items()])
 
-    def report(self, load_seconds: float) -> dict[str, Any]:
-        """All there is to tell, as JSON."""
-        request, rows = self.request, self.times.rows()
-        seconds = request.clips[0].seconds
+    def asked(self) -> dict[str, Any]:
+        """What is measured, as JSON."""
+        request = self.request
         return {
-            "machine": machine(),
             "model": self.model.folder.name,
             "dtype": str(self.model.autoencoder.dtype).removeprefix("mlx.core."),
             "batch": len(request.clips),
-            "seconds": seconds,
+            "seconds": request.clips[0].seconds,
             "steps": request.steps,
             "sampler": request.sampler,
             "cfg_scale": request.cfg_scale,
+        }
+
+    def report(self, load_seconds: float) -> dict[str, Any]:
+        """All there is to tell, as JSON."""
+        asked, rows = self.asked(), self.times.rows()
+        return {
+            "machine": machine(),
+            **asked,
             "runs": len(self.times.seconds["clip"]) - 1,
             "load_seconds": load_seconds,
             "stages": rows,
-            "realtime": len(request.clips) * seconds / rows["clip"]["median"],
+            "realtime": asked["batch"] * asked["seconds"] / rows["clip"]["median"],
             "primitives": self.primitives(),
         }
 
@@ -202,20 +213,20 @@ def machine() -> dict[str, str]:
     return {"device": device, **blas, "TF32": tf32, **versions, "platform": platform.platform()}
 
 
-def measure(bench: Bench, load_seconds: float, runs: int) -> dict[str, Any]:
-    """Run a bench once cold and `runs` times warm; what there is to tell, as JSON. Raises InputError."""
+def run(folder: str | None, random: str | None, dtype: str | None, runs: int, **options: Any) -> dict[str, Any]:
+    """Load a model folder, or make a random one of a published model's sizes; run it cold, then `runs` times warm.
+
+    `options` are a Bench's. Returns its report. Raises MlxAudioError.
+    """
     if runs < 1:
         raise InputError(f"runs must be at least 1, not {runs}")
+    start = time.perf_counter()
+    model = RandomModel(random, release_config(random), dtype) if random else load(folder, dtype=dtype)
+    load_seconds = time.perf_counter() - start
+    bench = Bench(model, **options)
     for _ in range(1 + runs):
         bench.run()
     return bench.report(load_seconds)
-
-
-def run(folder: str | None, random: str | None, dtype: str | None, runs: int, **options: Any) -> dict[str, Any]:
-    """Load a model folder, or make a random one of a published model's sizes, and measure it."""
-    start = time.perf_counter()
-    model = RandomModel(random, release_config(random), dtype) if random else load(folder, dtype=dtype)
-    return measure(Bench(model, **options), time.perf_counter() - start, runs)
 
 
 def table(report: dict[str, Any]) -> Iterator[str]:

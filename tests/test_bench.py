@@ -2,12 +2,18 @@
 
 import copy
 import json
+import sys
+from importlib.util import find_spec
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import CONFIG
 
+from golden.__main__ import main as golden
+from golden.bench import write_random
+from golden.bench_side import open_side
+from golden.recording import GoldenError
 from mlx_audio_native.bench import STAGES, TOKENIZER, Bench, RandomModel, count_primitives
 from mlx_audio_native.cli import main
 from mlx_audio_native.errors import InputError
@@ -67,3 +73,26 @@ def test_primitives_of_what_is_not_evaluated_are_counted():
 def test_what_cannot_be_measured_is_said(small_model, options, problem):
     with pytest.raises(InputError, match=problem):
         Bench(small_model, **options)
+
+
+def test_a_side_that_cannot_run_is_one_line(small_folder, capsys):
+    assert golden(["bench", "--model", str(small_folder), "--torch-python", "no-such-python"]) == 1
+    assert capsys.readouterr().err == "error: cannot start no-such-python: No such file or directory\n"
+    with (
+        pytest.raises(GoldenError, match="^torch did not run: .*no_such_module"),
+        open_side("torch", "no_such_module", sys.executable),
+    ):
+        pass
+
+
+@pytest.mark.skipif(find_spec("stable_audio_tools") is None, reason="the reference is not installed")
+def test_the_reference_is_timed_beside_the_runtime(tmp_path, capsys):
+    config = copy.deepcopy(CONFIG)
+    config["model"]["conditioning"]["configs"][0]["config"]["t5_config"]["vocab_size"] = len(Tokenizer(TOKENIZER))
+    write_random(tmp_path / "random", config)
+    path = tmp_path / "bench.json"
+    options = ["--seconds", "2", "--steps", "2", "--batch", "2", "--runs", "1", "--json", str(path)]
+    assert golden(["bench", "--model", str(tmp_path / "random"), *options]) == 0
+    torch = json.loads(path.read_text())["sides"]["torch"]
+    assert set(torch["stages"]) == set(STAGES)
+    assert "ratio of medians" in capsys.readouterr().out
