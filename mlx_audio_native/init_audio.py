@@ -16,7 +16,7 @@ from .audio import Audio
 from .errors import AudioFileError, InputError
 from .tensorfile import sha256
 
-# Where no other is asked for: as much of the source stays as can be heard.
+# where none is asked for: much follows the prompt, and the source can still be heard
 NOISE_LEVEL = 0.7
 
 

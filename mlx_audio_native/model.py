@@ -79,9 +79,10 @@ class Model:
         clip's is drawn and stands in its recipe. Other defaults follow from the model's objective; `seconds` is 4, or
         the window if that is shorter. A progress bar shows on a terminal.
 
-        `init_audio`, see `read_source`, is what every clip starts from: noise_level tells how much of it is replaced,
-        from 0 to 1 (k-diffusion's samplers: 500), 0.7 by default; `inpaint`, a start and an end in seconds, that only
-        what is between is, and wholly by default. `seconds` is then its length unless told otherwise.
+        Every clip starts from `init_audio`, if there is any: a file, or Audio, see `read_source`. noise_level says how
+        much of it is made anew, from 0 to 1 (k-diffusion's samplers: noise levels up to 500), 0.7 by default. With
+        `inpaint`, a start and an end in seconds, only what is between is, and by default all of that. `seconds` is
+        then the init audio's length unless told otherwise.
 
         A clip longer than the window is made of windows, each going on from the one before, see `windows`. `bars` of
         four beats in place of `seconds` make a loop, at `bpm` or the prompt's own tempo.

@@ -19,6 +19,7 @@ from .sampling import DEFAULTS, SAMPLERS, find_sampler
 DEFAULT_SECONDS = 4.0
 MAX_SECONDS = 3600
 BEATS = 4  # of a bar
+SLOWEST, FASTEST = 1, 1000  # tempos
 # What is made beyond a loop's end, so that its sound does not end there: long enough to blend, and for a fade-out.
 LOOP_TAIL = 0.1
 _TEMPO = re.compile(r"(\d+(?:\.\d+)?)\s*bpm\b", re.IGNORECASE)
@@ -148,9 +149,9 @@ def _edit(
 
 
 def tempo_of(prompt: str) -> float | None:
-    """Beats a minute that a prompt names, as in `house beat, 124 BPM`."""
+    """Beats a minute that a prompt names, as in `house beat, 124 BPM`; None if it names none that can be."""
     found = _TEMPO.search(prompt)
-    return float(found[1]) if found and float(found[1]) > 0 else None
+    return float(found[1]) if found and SLOWEST <= float(found[1]) <= FASTEST else None
 
 
 def _tempo(prompt: str, bpm: float | None) -> tuple[str, float]:
@@ -159,8 +160,8 @@ def _tempo(prompt: str, bpm: float | None) -> tuple[str, float]:
     bpm = named if bpm is None else _number("bpm", bpm)
     if bpm is None:
         raise InputError("a loop takes a tempo: give bpm, or name it in the prompt, as in 'kick drum loop, 120 BPM'")
-    if not 1 <= bpm <= 1000:
-        raise InputError(f"bpm must be from 1 to 1000, not {bpm:g}")
+    if not SLOWEST <= bpm <= FASTEST:
+        raise InputError(f"bpm must be from {SLOWEST} to {FASTEST}, not {bpm:g}")
     if named is None:
         return f"{prompt}, {bpm:g} BPM", bpm
     if named != bpm:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from .config import ModelConfig
+from .errors import InputError
 from .init_audio import Source
 from .request import Clip, tempo_of, window_frames
 
@@ -22,9 +23,14 @@ Render = Callable[[Clip, Source | None, int], np.ndarray]
 
 
 def window_starts(config: ModelConfig, frames: int, bpm: float | None) -> list[int]:
-    """First frames of the windows that a clip of so many is made of; whole beats apart if there is a tempo."""
+    """First frames of the windows that a clip of so many is made of; whole beats apart if there is a tempo.
+
+    Raises InputError if the window is too short to go on from.
+    """
     window = window_frames(config)
-    hop = window - max(round(_OVERLAP * window), (_MARGIN + 4) * config.downsampling_ratio)
+    if config.latent_length < 4 * _MARGIN:
+        raise InputError(f"a clip must fit the window of this model, {window / config.sample_rate:.3f} s")
+    hop = window - max(round(_OVERLAP * window), 2 * _MARGIN * config.downsampling_ratio)
     if bpm is not None:
         beat = 60 / bpm * config.sample_rate
         hop = int(hop / beat) * beat or hop

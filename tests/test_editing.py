@@ -1,18 +1,21 @@
 """Sampling that starts from sound: init audio and inpainting."""
 
 import builtins
+import warnings
 from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from golden import analysis
 from mlx_audio_native import load, read_recipe, sampling
 from mlx_audio_native.cli import main
 from mlx_audio_native.editing import encode_window, hold, kept_latents
-from mlx_audio_native.errors import AudioFileError, InputError
+from mlx_audio_native.errors import AudioFileError, InputError, MlxAudioError
 from mlx_audio_native.init_audio import read_source
 
 RATE = 1000  # of the small model
@@ -197,6 +200,26 @@ def test_what_is_no_audio_is_one_sentence(write, tmp_path):
         with pytest.raises(AudioFileError) as caught:
             read_source(name, RATE, 2, 6016)
         assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_a_damaged_file_gives_samples_or_an_error(tmp_path_factory, data):
+    name = data.draw(st.sampled_from(["a.wav", "a.flac", "a.aiff", "a.ogg"]))
+    path = tmp_path_factory.mktemp("damaged") / name
+    soundfile.write(path, tone(0.1), RATE * 8)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 5))):
+        content[data.draw(st.integers(0, min(len(content) - 1, 100)))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            source = read_source(path, RATE, 2, 6016, trim=True)
+        except MlxAudioError as error:
+            assert "\n" not in str(error)
+        else:
+            assert 0 < len(source.samples) <= 6016 and np.abs(source.samples).max() < 2
 
 
 def test_without_soxr_only_another_rate_is_refused(write, monkeypatch):

@@ -15,6 +15,7 @@ HEAVY = {
     "huggingface-hub",
     "jax",
     "litert-torch",
+    "soxr",
     "tensorflow",
     "tf-keras",
     "tflite",

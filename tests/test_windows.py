@@ -54,6 +54,18 @@ def test_a_batch_with_long_clips_equals_its_clips_alone(small_model):
         assert np.array_equal(alone.samples, clip.samples)
 
 
+def test_a_window_too_short_to_go_on_from_is_said(make_folder):
+    model = load(make_folder(lambda config: config.update(sample_size=15 * 32)))
+    assert len(model.generate("kick", seconds=0.48, steps=1).samples) == 480
+    with pytest.raises(InputError, match=r"must fit the window of this model, 0\.480 s"):
+        model.generate("kick", seconds=1, steps=1)
+
+
+@pytest.mark.parametrize("tempo", ["0", "0.5", "1001", "9" * 400])
+def test_a_tempo_that_cannot_be_is_none(small_model, tempo):
+    assert len(small_model.generate(f"kick, {tempo} BPM", seconds=7, steps=1).samples) == 7000
+
+
 def test_sample_yields_one_window(small_model):
     with pytest.raises(InputError, match=r"must fit the window of this model, 6\.016 s"):
         small_model.sample("kick", seconds=7)
