@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .elementwise import silu
 from .schema import Section, check
 
 OBJECTIVES = ("v", "rectified_flow", "rf_denoiser")
@@ -126,11 +127,6 @@ class DiTConfig:
     @property
     def rotary_dim(self) -> int:
         return max(self.head_dim // 2, 32)
-
-
-def silu(x: mx.array) -> mx.array:
-    """Without the mx.compile of nn.silu, which on a CPU runs a C++ compiler for a second at the first call."""
-    return x * mx.sigmoid(x)
 
 
 class Attention(nn.Module):

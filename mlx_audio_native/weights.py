@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .blas import prefer_openblas
+from .blas import keep_freed_memory, prefer_openblas
 from .conditioning import Conditioner
 from .config import PARTS, TEXT_ENCODER, ModelConfig, read_config
 from .dit import DiT
@@ -76,6 +76,8 @@ def fill(modules: Mapping[str, nn.Module], stored: Mapping[str, Stored], dtype: 
     if dtype is not None and dtype not in _DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}, expected {', '.join(_DTYPES)}{nearest(dtype, list(_DTYPES))}")
     on_cpu = mx.default_device() == mx.cpu
+    if on_cpu:
+        keep_freed_memory()
     for part, module in modules.items():
         default = mx.float32 if on_cpu or part == "conditioner" else mx.float16
         wanted = _DTYPES[dtype] if dtype and part != "conditioner" else default

@@ -40,7 +40,8 @@ def test_every_stage_is_told_and_written(small_folder, tmp_path, capsys):
         assert f"| {name} | {row['first'] * 1e3:.2f} | {row['median'] * 1e3:.2f} |" in told
     assert (report["batch"], report["seconds"], report["steps"], report["runs"]) == (2, 2, 2, 1)
     assert report["realtime"] == pytest.approx(4 / report["stages"]["clip"]["median"])
-    assert report["primitives"]["a step"] > 50
+    on_gpu = mx.default_device() == mx.gpu
+    assert set(report["primitives"]) == ({"a step", "decoding"} if on_gpu else set())
     assert f"MLX: {mx.__version__}" in told and "TF32: " in told and "2 steps of pingpong" in told
 
 

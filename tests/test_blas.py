@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import mlx.core as mx
 import pytest
 
 from mlx_audio_native.blas import SWITCH
@@ -19,6 +20,19 @@ def run():
 print(min(run() for _ in range(4)))
 """
 
+PAGE_FAULTS = """
+import resource, mlx_audio_native, mlx.core as mx
+from mlx_audio_native.blas import keep_freed_memory
+{}
+x = mx.ones((4, 1 << 20))
+def run():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        mx.eval(mx.stack([x + 1, x + 2]))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(min(run() for _ in range(4)))
+"""
+
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
@@ -30,6 +44,14 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 def test_an_installed_openblas_is_used_unless_switched_off():
     seconds = {switch: float(run_python(MATMUL_SECONDS, **{SWITCH: switch}).stdout) for switch in ("1", "0")}
     assert seconds["1"] < seconds["0"] / 3, seconds
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or mx.default_device() != mx.cpu, reason="memory comes from elsewhere there"
+)
+def test_freed_memory_is_used_again():
+    faults = [int(run_python(PAGE_FAULTS.format(first)).stdout) for first in ("", "keep_freed_memory()")]
+    assert faults[1] < faults[0] / 10, faults
 
 
 def test_no_back_end_is_said_in_one_line(tmp_path):
