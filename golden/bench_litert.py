@@ -26,9 +26,9 @@ class Graphs:
     def __init__(self, options: dict[str, Any]) -> None:
         self.steps, self.interpreters = options["steps"], {}
         for stage, kind in _FILES.items():
-            paths = sorted(Path(options["folder"]).glob(f"*{kind}*.tflite"))
+            paths = sorted(Path(options["folder"]).glob(f"{kind}*.tflite"))
             if len(paths) != 1:
-                raise GoldenError(f"{options['folder']} has {len(paths)} files named after {kind}, not one")
+                raise GoldenError(f"{options['folder']} has {len(paths)} files {kind}*.tflite, not one")
             interpreter = self.interpreters[stage] = Interpreter(str(paths[0]), num_threads=os.cpu_count())
             interpreter.allocate_tensors()
             for detail in interpreter.get_input_details():
