@@ -267,6 +267,18 @@ def test_a_checkpoint_and_the_t5_it_names_are_fetched_once(hub, generate, home, 
     assert np.array_equal(*(soundfile.read(tmp_path / file)[0] for file in ("a.wav", "b.wav")))
 
 
+def test_converting_from_an_id_leaves_all_of_it_here(hub, run, tmp_path, small_folder):
+    with serving(hub) as endpoint:
+        command = ["-m", "mlx_audio_native", "convert", "studio/checkpoint", "--output", "here"]
+        assert run(*command, endpoint=endpoint).returncode == 0
+    here = tmp_path / "here"
+    licences = {"LICENSE.md": b"the licence", "NOTICE": b"the notice"}
+    assert licences.items() <= contents(here).items()
+    options = {"seconds": 0.5, "steps": 1, "seed": 3}
+    made, expected = (load(folder).generate("kick drum", **options) for folder in (here, small_folder))
+    np.testing.assert_array_equal(made.samples, expected.samples)
+
+
 def test_a_whole_model_folder_needs_no_other_repository(hub, generate):
     with serving(hub) as endpoint:
         result = generate("studio/whole", endpoint)
