@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -111,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from mlx_audio_native.bench import table
+    from mlx_audio_native.bench import table, write_json
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model
@@ -121,5 +120,5 @@ def run(args: argparse.Namespace) -> int:
         report = measure(folder, args)
     print("\n".join([*table(report), *ratios(report)]))
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(report, args.json)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import platform
 import re
@@ -249,3 +250,11 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     yield f"{report['realtime']:.3g} × realtime"
     for name, count in report["primitives"].items():
         yield f"{count} MLX primitives: {name}"
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Raises InputError."""
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None

@@ -252,13 +252,13 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-    from .bench import run, table
+    from .bench import run, table, write_json
 
     options = {name: getattr(args, name) for name in ("seconds", "steps", "batch")}
     report = run(args.model, args.random, args.dtype, args.runs, **options)
     print("\n".join(table(report)))
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(report, args.json)
 
 
 def _extraction(module: str = "") -> ModuleType:
