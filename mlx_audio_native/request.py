@@ -163,7 +163,7 @@ def _tempo(prompt: str, bpm: float | None) -> tuple[str, float]:
     if not SLOWEST <= bpm <= FASTEST:
         raise InputError(f"bpm must be from {SLOWEST} to {FASTEST}, not {bpm:g}")
     if named is None:
-        return f"{prompt}, {bpm:g} BPM", bpm
+        return f"{prompt}, {repr(bpm).removesuffix('.0')} BPM", bpm  # every digit: the recipe's prompt is read again
     if named != bpm:
         raise InputError(f"the prompt names {named:g} BPM, and bpm is {bpm:g}")
     return prompt, bpm

@@ -74,6 +74,12 @@ def test_sample_yields_one_window(small_model):
 # --- loops ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_loop_is_made_again_from_its_recipe(small_model):
+    clip = small_model.generate("kick", bars=1, bpm=123.4567, seed=0, steps=1)
+    assert clip.recipe.prompt == "kick, 123.4567 BPM"
+    assert np.array_equal(small_model.generate(**clip.recipe.options()).samples, clip.samples)
+
+
 @pytest.mark.parametrize(("bars", "bpm"), [(1, 97), (2, 120), (2, 133.3), (4, 120), (3, 60)])
 def test_loops_have_the_exact_length(small_model, bars, bpm):
     clip = small_model.generate("kick", bars=bars, bpm=bpm, seed=0, steps=1)
