@@ -252,8 +252,6 @@ class _Recovery:
             tensor, unit = self.residual_unit(tensor, dilation)
             tensors |= _below(f"{place}.layers.", unit)
         upsample = self.need(self.look_through(tensor), "TRANSPOSE_CONV")
-        if len(upsample.inputs) < 3:
-            raise ExtractionError(f"{upsample} has no input")
         stride = self.stride(upsample)
         tensor, snake = self.activation(upsample.inputs[2], "0.")
         tensors |= snake | dict(zip(("1.weight", "1.bias"), self.weights(upsample), strict=True))

@@ -24,8 +24,9 @@ def edit(
     how = noise, request.sampler, request.steps, request.noise_level
     if request.inpaint is None:
         return sample_from(velocity, latents, *how)
-    held = hold(velocity, latents, kept_latents(config, *request.inpaint), config.objective)
-    return _end_with(latents, kept_latents(config, *request.inpaint), sample_from(held, latents, *how))
+    kept = kept_latents(config, *request.inpaint)
+    held = hold(velocity, latents, kept, config.objective)
+    return _end_with(latents, kept, sample_from(held, latents, *how))
 
 
 def encode_window(autoencoder: Autoencoder, samples: np.ndarray, length: int) -> mx.array:
