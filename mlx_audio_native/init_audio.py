@@ -44,12 +44,15 @@ def read_source(
     else:
         path, name = Path(audio), str(audio)
         try:
+            path.open("rb").close()  # libsndfile calls whatever is wrong a system error
             with soundfile.SoundFile(path) as file:
                 rate = file.samplerate
                 limit = _limit(file.frames, rate, sample_rate, window, trim, name)
                 samples = file.read(limit, dtype="float32", always_2d=True)
             digest = sha256(path)
-        except (OSError, soundfile.SoundFileError) as error:
+        except OSError as error:
+            raise AudioFileError(f"cannot read {name}: {error.strerror}") from None
+        except (soundfile.SoundFileError, TypeError) as error:  # TypeError: .raw, which has no header to tell the rate
             raise AudioFileError(f"cannot read {name}: {' '.join(str(error).split())}") from None
         name = path.name
     return Source(_fit(samples, rate, sample_rate, channels, name)[:window], name, digest)

@@ -28,7 +28,7 @@ def plot_file(path: Path, output: Path, overwrite: bool = False) -> None:
             if not 0 < file.frames * file.channels <= _MAX_SAMPLES:
                 raise AudioFileError(f"cannot draw {path}: it holds nothing, or more than a picture can show")
             samples, rate = file.read(dtype="float64", always_2d=True), file.samplerate
-    except (soundfile.SoundFileError, OSError) as error:
+    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: .raw, which has no header
         raise AudioFileError(f"cannot read {path}: {error}") from None
     if not np.isfinite(samples).all():
         raise AudioFileError(f"cannot draw {path}: its samples hold NaN or infinity")

@@ -196,10 +196,13 @@ def test_what_is_no_audio_is_one_sentence(write, tmp_path):
     (tmp_path / "text.wav").write_text("hello")
     write(np.zeros((0, 2)), "empty.wav")
     write(np.full((10, 2), np.nan), "nan.wav")
-    for name in ("missing.wav", "text.wav", "empty.wav", "nan.wav", str(tmp_path)):
+    (tmp_path / "headless.raw").write_bytes(bytes(400))
+    for name in ("missing.wav", "text.wav", "headless.raw", "empty.wav", "nan.wav", str(tmp_path)):
         with pytest.raises(AudioFileError) as caught:
             read_source(name, RATE, 2, 6016)
         assert "\n" not in str(caught.value)
+    with pytest.raises(AudioFileError, match=r"cannot read missing\.wav: No such file or directory$"):
+        read_source("missing.wav", RATE, 2, 6016)
 
 
 @settings(max_examples=200)
