@@ -74,7 +74,11 @@ def generate(args: argparse.Namespace) -> None:
     options = {name: value for name in _REQUEST if (value := getattr(args, name)) is not None}
     recipe = read_recipe(args.source) if args.source else None
     if recipe:
-        options = recipe.options() | options
+        kept = recipe.options()
+        # a length that is asked for takes the place of the recipe's
+        for name in ("bars", "bpm") if "seconds" in options else ("seconds",) if "bars" in options else ():
+            kept.pop(name, None)
+        options = kept | options
         if recipe.init_audio and not args.init_audio:
             raise InputError(f"{args.source} was made from {recipe.init_audio!r}: give that file with --init-audio")
     if "prompt" not in options:
@@ -193,7 +197,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, metavar="DIR", required=True, help="the model folder to write")
     add("--dtype", metavar="NAME", help="float16, bfloat16 or float32 (default: as each weight is stored)")
     add("--q-bits", type=int, choices=(8, 4), help="quantise the dense layers of T5 and transformer")
-    add("--q-group-size", type=int, choices=(32, 64, 128), default=64, help="weights to a scale (default: 64)")
+    add("--q-group-size", type=int, choices=(32, 64, 128), help="weights to a scale (default: 64)")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text-encoder", metavar="DIR|ID", help="a T5's folder or hub id, if SOURCE has none or another")
     text.add_argument("--conditioners", type=Path, metavar="FILE.tflite", help="take T5 from an export of conditioners")
@@ -208,7 +212,9 @@ def convert(args: argparse.Namespace) -> None:
     from .quantization import Quantization
     from .weights import WEIGHTS, open_checkpoint
 
-    quantization = Quantization(args.q_bits, args.q_group_size) if args.q_bits else None
+    if args.q_group_size and not args.q_bits:
+        args.parser.error("--q-group-size says nothing without --q-bits")
+    quantization = Quantization(args.q_bits, args.q_group_size or 64) if args.q_bits else None
     model, text_encoder = hub.resolve(args.source), args.text_encoder
     with tempfile.TemporaryDirectory() as scratch:
         if any(model.glob("*.tflite")) and not (model / WEIGHTS).exists():

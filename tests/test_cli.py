@@ -109,6 +109,14 @@ def test_info_tells_the_recipe_and_from_makes_the_clip_again(generate, folder, c
     assert capsys.readouterr().err == ""
 
 
+def test_another_length_overrides_that_of_the_recipe(generate, folder, capsys):
+    assert generate("kick, 120 BPM", "--seconds", "1", "--steps", "1", "--output", "clip.wav") == 0
+    assert generate("--from", "clip.wav", "--bars", "1", "--output", "loop.wav") == 0
+    assert generate("--from", "loop.wav", "--seconds", "1", "--output", "again.wav") == 0
+    assert (read_recipe("loop.wav").bars, read_recipe("loop.wav").seconds) == (1, 2)
+    assert (folder / "again.wav").read_bytes() == (folder / "clip.wav").read_bytes()
+
+
 @pytest.mark.parametrize("sampler", ["dpmpp-3m-sde", "dpmpp-2m", "v-ddim"])
 def test_from_makes_a_clip_of_the_objective_v_again(make_folder, folder, capsys, sampler):
     model = str(make_folder(lambda config: config["model"]["diffusion"].update(diffusion_objective="v")))

@@ -362,6 +362,12 @@ def test_what_is_refused_is_one_sentence_and_leaves_nothing(checkpoint, t5, tmp_
     assert tree(tmp_path) == before
 
 
+def test_a_group_size_without_bits_is_a_wrong_command_line(checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit) as status:
+        main(["convert", str(checkpoint), "--output", str(tmp_path / "model"), "--q-group-size", "32"])
+    assert status.value.code == 2 and "--q-group-size says nothing without --q-bits" in capsys.readouterr().err
+
+
 def test_sources_that_are_not_there(tmp_path, t5):
     with pytest.raises(MlxAudioError, match="is not a folder"):
         convert(tmp_path / "missing", tmp_path / "model", text_encoder=t5)
