@@ -104,6 +104,8 @@ def convert(
         tensors: dict[str, Stored] = {}
         for part, module in modules.items():
             tensors |= _plan(part, module, origin.stored, dtype, quantization)
+        if quantization and not any(quantization.layers(part, module) for part, module in modules.items()):
+            raise InputError(f"no layer has rows that divide into groups of {quantization.group_size}")
     with stage("checksums"):
         values = {**origin.values, "provenance": _provenance(origin.files)}
     if quantization:

@@ -368,6 +368,12 @@ def test_a_group_size_without_bits_is_a_wrong_command_line(checkpoint, tmp_path,
     assert status.value.code == 2 and "--q-group-size says nothing without --q-bits" in capsys.readouterr().err
 
 
+def test_groups_that_no_row_divides_into(checkpoint, t5, tmp_path):
+    with pytest.raises(InputError, match="no layer has rows that divide into groups of 128"):
+        convert(checkpoint, tmp_path / "model", quantization=Quantization(8, 128, ("conditioner",)), text_encoder=t5)
+    assert not (tmp_path / "model").exists()
+
+
 def test_sources_that_are_not_there(tmp_path, t5):
     with pytest.raises(MlxAudioError, match="is not a folder"):
         convert(tmp_path / "missing", tmp_path / "model", text_encoder=t5)
