@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,12 @@ def export(
     tokens, global_cond = torch.zeros(1, length + 1, width), torch.zeros(1, diffusion["global_cond_dim"])
     if output.exists():
         raise InputError(f"{output} exists already")
-    output.mkdir(parents=True)
     conditioners, dit, decoder = _Conditioners(model).eval(), _DiT(model, by_position).eval(), _Decoder(model).eval()
-    with torch.no_grad():
-        litert_route(conditioners, (ids, ids.clone(), torch.ones(1)), output / "conditioners_float32.tflite")
-        litert_route(dit, (latents, torch.ones(1), tokens, global_cond), output / "dit_model.tflite", precision)
-        litert_route(decoder, (latents,), output / "autoencoder_model.tflite", decoder_precision)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad(), tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        litert_route(conditioners, (ids, ids.clone(), torch.ones(1)), new / "conditioners_float32.tflite")
+        litert_route(dit, (latents, torch.ones(1), tokens, global_cond), new / "dit_model.tflite", precision)
+        litert_route(decoder, (latents,), new / "autoencoder_model.tflite", decoder_precision)
+        new.rename(output)
