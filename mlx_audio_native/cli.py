@@ -267,6 +267,19 @@ def bench(args: argparse.Namespace) -> None:
         write_json(report, args.json)
 
 
+def serve_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    add("--port", type=int, default=7860, help="0 takes any that is free (default: 7860)")
+    add("--model", metavar="DIR|ID", help="a model folder, or a hub id (default: the embedded model)")
+
+
+def serve(args: argparse.Namespace) -> None:
+    from .page import serve
+
+    serve(args.model, args.host, args.port)
+
+
 def _extraction(module: str = "") -> ModuleType:
     try:
         import tflite  # noqa: F401
@@ -290,6 +303,7 @@ def _extracted(function: Callable[..., Any], *arguments: Any) -> Any:
 COMMANDS = (
     Command("generate", "a prompt in, a WAV out", generate_arguments, generate),
     Command("batch", "a list of prompts in, a folder of WAVs out", batch_arguments, batch),
+    Command("serve", "a page in the browser, and an HTTP API", serve_arguments, serve),
     Command("convert", "a published checkpoint as one model folder", convert_arguments, convert),
     Command("extract", "a .tflite file's conditioners as part of a model folder", extract_arguments, extract),
     Command("inspect", "what a .tflite file holds", inspect_arguments, inspect),
