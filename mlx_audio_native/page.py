@@ -50,6 +50,8 @@ class Maker:
         self._kept: deque[tuple[Path, int]] = deque()
         self._bytes = 0
         self._thread = ThreadPoolExecutor(max_workers=1)
+        # one too: every thread that draws keeps the memory it took
+        self._drawing = ThreadPoolExecutor(max_workers=1)
         self._model = self._thread.submit(load, model).result()
 
     def make(self, count: int | None, options: dict[str, Any]) -> Iterator[Path]:
@@ -58,9 +60,17 @@ class Maker:
         for seed in range(first, first + (count or 1)):
             yield self._thread.submit(self._clip, options | {"seed": seed}).result()
 
+    def picture(self, path: Path) -> Path:
+        """The PNG beside a clip, drawn when first asked for."""
+        picture = path.with_suffix(".png")
+        if not picture.exists():
+            self._drawing.submit(plot_file, path, picture, overwrite=True).result()
+        return picture
+
     def close(self) -> None:
         """Ends when the clip that is being made is done."""
         self._thread.shutdown(cancel_futures=True)
+        self._drawing.shutdown(cancel_futures=True)
 
     def _check(self, count: int | None, options: dict[str, Any]) -> int:
         """The first seed of a request that can be honoured."""
@@ -84,7 +94,7 @@ class Maker:
         while self._bytes > KEPT_BYTES:
             oldest, size = self._kept.popleft()
             oldest.unlink(missing_ok=True)
-            _picture(oldest).unlink(missing_ok=True)
+            oldest.with_suffix(".png").unlink(missing_ok=True)
             self._bytes -= size
         return path
 
@@ -221,11 +231,11 @@ def _page(maker: Maker) -> gradio.Blocks:
             with gr.Column(scale=3):
                 files = gr.File(label="Clips", file_count="multiple", visible=False)
 
-                @gr.render(inputs=history, concurrency_limit=1)
+                @gr.render(inputs=history, queue=False)
                 def show(paths: list[Path]) -> None:
                     for path in filter(Path.exists, reversed(paths)):
                         with gr.Group(key=f"group {path}"):
-                            gr.HTML(_card(path), key=f"card {path}")
+                            gr.HTML(_card(path, maker.picture(path)), key=f"card {path}")
                             again = gr.Button("Use its settings", size="sm", key=f"again {path}")
                         again.click(partial(_settings, path), None, settings, queue=False, api_visibility="private")
 
@@ -253,15 +263,9 @@ def _settings(path: Path) -> tuple[Any, ...]:
     return *(options.get(name) for name in names), True
 
 
-def _picture(path: Path) -> Path:
-    return path.with_suffix(".png")
-
-
-def _card(path: Path) -> str:
+def _card(path: Path, picture: Path) -> str:
     """A clip in HTML: player, spectrogram, download. Gradio's own player would convert some files where ffmpeg is."""
-    recipe, picture = read_recipe(path), _picture(path)
-    if not picture.exists():
-        plot_file(path, picture)
+    recipe = read_recipe(path)
     wav, png = (f"gradio_api/file={quote(str(file))}" for file in (path, picture))
     return (
         f"<p><b>{escape(recipe.prompt)}</b> · {recipe.seconds:g} s · seed {recipe.seed}</p>"
