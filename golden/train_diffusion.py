@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ LEARNING_RATE = 1e-3
 ATTRIBUTES_WEIGHT = 5.0
 TEXT_RATE = 0.1
 TEXT_CAPTIONS = 100_000
+# T5 is kept steady: states may not move far when its insides shake by so much, whatever the pieces. Else attention
+# grows so sharp on text unlike the captions that float32's rounding shows (1.5e-5 off)
+SHAKE = 0.02
+STEADY_WEIGHT = 3e-4
 # clips reach a 43rd of the seconds' range: frequencies wider than N(0, 1) tell tenths of a second apart at once
 FREQUENCY_SPREAD = 16.0
 
@@ -78,6 +83,21 @@ def encode_text(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return prompt.proj_out(prompt.model(input_ids=ids, attention_mask=mask.long())[0]) * mask[..., None]
 
 
+@contextmanager
+def shaken(t5: nn.Module) -> Iterator[None]:
+    """Inside, noise of SHAKE times their size is on T5's norms, queries and keys."""
+    moved = [module for name, module in t5.named_modules() if name.endswith((".q", ".k", "layer_norm"))]
+    hooks = [
+        module.register_forward_hook(lambda _, __, output: output * (1 + SHAKE * torch.randn_like(output)))
+        for module in moved
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def condition(
     model: nn.Module, states: torch.Tensor, seconds: torch.Tensor, max_length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,6 +119,16 @@ class Trainer:
         conditioners = model.conditioner.conditioners
         text = list(conditioners["prompt"].parameters())
         self.learned = [*model.model.parameters(), *conditioners["seconds_total"].parameters(), *text]
+        # the same in every key's score where nothing is rotated: softmax cannot tell, so that it would drift (up to 22)
+        # and cost half precision a digit
+        transformer = model.model.model.transformer
+        rotated = 2 * len(transformer.rotary_pos_emb.inv_freq)
+        self.without_effect = [
+            bias.detach()
+            for layer in transformer.layers
+            for bias in (layer.self_attn.k_norm.bias[rotated:], layer.cross_attn.k_norm.bias)
+        ]
+        torch._foreach_zero_(self.without_effect)
         self.average = [p.detach().clone() for p in self.learned]
         self.lr, self.text_lr = torch.tensor(0.0, device=device), torch.tensor(0.0, device=device)
         self.optimiser = torch.optim.AdamW(
@@ -127,16 +157,29 @@ class Trainer:
         targets = nn.functional.pad(self.data.targets[rows], (0, states.shape[-1] - attributes.SIZE))
         return ((states - targets[:, None]).square() * real).sum() / (real.sum() * states.shape[-1])
 
+    def _unsteadiness(self) -> torch.Tensor:
+        """Mean square of how far T5's states move when shaken, for random pieces, in units of the shaking."""
+        prompt = self.model.conditioner.conditioners["prompt"]
+        shape = self.batch // 4, TOKENS
+        lengths = torch.randint(1, TOKENS + 1, (shape[0], 1), device=self.device)
+        pieces = torch.randint(1, prompt.model.config.vocab_size, shape, device=self.device)
+        ids = pieces * (torch.arange(TOKENS, device=self.device) < lengths)
+        with torch.no_grad():
+            states = encode_text(self.model, ids)
+        with shaken(prompt.model):
+            return ((encode_text(self.model, ids) - states) / SHAKE).square().mean()
+
     def _update(self, loss: torch.Tensor) -> None:
         self.optimiser.zero_grad(set_to_none=False)
         loss.backward()
         nn.utils.clip_grad_norm_(self.learned, 1.0, foreach=True)
         self.optimiser.step()
+        torch._foreach_zero_(self.without_effect)
         torch._foreach_lerp_(self.average, [p.detach() for p in self.learned], 0.002)
 
     def _step_text(self) -> None:
         loss = self._attributes_loss()
-        self._update(loss)
+        self._update(loss + STEADY_WEIGHT * self._unsteadiness())
         self.text_loss.lerp_(loss.detach(), 0.02)
 
     def _times(self) -> torch.Tensor:
@@ -163,7 +206,7 @@ class Trainer:
             )
         loss = (velocity.float() - (noise - clean)).square().mean()
         text_loss = self._attributes_loss()
-        self._update(loss + ATTRIBUTES_WEIGHT * text_loss)
+        self._update(loss + ATTRIBUTES_WEIGHT * (text_loss + STEADY_WEIGHT * self._unsteadiness()))
         self.loss.lerp_(loss.detach(), 0.02)
         self.text_loss.lerp_(text_loss.detach(), 0.02)
 
@@ -214,11 +257,6 @@ class Trainer:
                 parameter.copy_(average)
 
 
-def data_width(model: nn.Module) -> int:
-    """Width of the cross-attention tokens."""
-    return model.conditioner.conditioners["prompt"].output_dim
-
-
 def train(
     config: dict[str, Any],
     autoencoder: dict[str, torch.Tensor],
@@ -261,33 +299,3 @@ def train(
     trainer.run(trainer.step, 0.95 * seconds, "diffusion", TEXT_RATE)
     trainer.averaged()
     return model
-
-
-@torch.no_grad()
-def sample(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: list[str],
-    seconds: list[float],
-    max_length: int,
-    seed: int = 0,
-    steps: int = 8,
-) -> torch.Tensor:
-    """Uncropped audio (B, 2, WINDOW) by ping-pong on the 0.0.19 schedule: a first listen during training."""
-    device = next(model.parameters()).device
-    ids = torch.zeros(len(prompts), TOKENS, dtype=torch.long, device=device)
-    for row, prompt in enumerate(prompts):
-        tokens = [*tokenizer.encode(prompt), tokenizer.eos_id()]
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-    tokens, embedding = condition(model, encode_text(model, ids), torch.tensor(seconds, device=device), max_length)
-    schedule = torch.sigmoid(-torch.linspace(-6, 2, steps + 1))
-    schedule[0], schedule[-1] = 1.0, 0.0
-    generator = torch.Generator().manual_seed(seed)
-    shape = (len(prompts), model.io_channels, sounds.FRAMES)
-    x = torch.randn(shape, generator=generator).to(device)
-    for now, following in zip(schedule[:-1].tolist(), schedule[1:].tolist(), strict=True):
-        t = torch.full((len(prompts),), now, device=device)
-        velocity = model.model(x, t, cross_attn_cond=tokens, cross_attn_mask=None, global_cond=embedding)
-        clean = x - now * velocity
-        x = (1 - following) * clean + following * torch.randn(shape, generator=generator).to(device)
-    return torch.cat([model.pretransform.decode(chunk) for chunk in x.split(16)])
