@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_fuzz import MEGABYTE, SECONDS, mutate, peak_memory, structure_of
+from test_fuzz import MEGABYTE, SECONDS, frozen_heap, mutate, peak_memory, structure_of
 
 from extraction import ExtractionError, arm
 
@@ -15,6 +15,7 @@ FILES = ("conditioners", "dit_int8", "autoencoder_float32")
 QUICK, LONG = 60, 2500
 
 
+@frozen_heap()
 def run_cases(damaged: str, count: int, seed: int, folder: Path) -> dict[str, int]:
     """Reads a folder `count` times, each time with another damage to one file. Returns how many ended how."""
     rng = random.Random(seed)
