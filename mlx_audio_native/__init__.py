@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .blas import prefer_openblas, require_backend
+from .blas import outlive_many_shapes, prefer_openblas, require_backend
 from .errors import MlxAudioError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ __all__ = ["Audio", "MlxAudioError", "Model", "Recipe", "__version__", "generate
 __version__ = "0.1.0"
 
 prefer_openblas()  # must come before the first import of mlx.core, and so before this package's other modules
+outlive_many_shapes()
 
 
 def __getattr__(name: str) -> Any:

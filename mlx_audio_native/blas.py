@@ -1,4 +1,4 @@
-"""MLX's back end on Linux: what makes the CPU one fast, and a plain word where there is none at all."""
+"""MLX's back end on Linux: what makes the CPU one fast, CUDA's last, and a plain word where there is none at all."""
 
 from __future__ import annotations
 
@@ -42,6 +42,15 @@ def keep_freed_memory() -> None:
     if mallopt:
         mallopt(_MMAP_THRESHOLD, _KEPT)
         mallopt(_TRIM_THRESHOLD, _KEPT)
+
+
+def outlive_many_shapes() -> None:
+    """Let MLX's CUDA back end go on, however many shapes it meets; a setting of the user's own stays.
+
+    Its caches of graphs, convolutions and attention evict what is old, but count their misses for the life of a process
+    and raise at twice their size: after a few dozen lengths of clip (MLX 0.32, backend/cuda/lru_cache.h).
+    """
+    os.environ.setdefault("MLX_ENABLE_CACHE_THRASHING_CHECK", "0")
 
 
 def require_backend() -> None:

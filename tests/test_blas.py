@@ -54,6 +54,13 @@ def test_freed_memory_is_used_again():
     assert faults[1] < faults[0] / 10, faults
 
 
+@pytest.mark.parametrize(("own", "found"), [({}, "0"), ({"MLX_ENABLE_CACHE_THRASHING_CHECK": "1"}, "1")])
+def test_cuda_does_not_give_up_after_many_shapes(monkeypatch, own, found):
+    monkeypatch.delenv("MLX_ENABLE_CACHE_THRASHING_CHECK", raising=False)
+    command = "import os, mlx_audio_native; print(os.environ['MLX_ENABLE_CACHE_THRASHING_CHECK'])"
+    assert run_python(command, **own).stdout == f"{found}\n"
+
+
 def test_no_back_end_is_said_in_one_line(tmp_path):
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
