@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import secrets
 import socket
 import tempfile
 import textwrap
+import time
 import warnings
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
-from .audio import file_stem, read_recipe
+from .audio import Recipe, file_stem, read_recipe
 from .errors import InputError, MlxAudioError
 from .plot import plot_file
 
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
 MAX_COUNT, MAX_SECONDS, MAX_STEPS = 8, 60, 200
 MAX_BODY = 32 << 20
 MAX_WAITING = 16  # requests behind the one that is served
-KEPT_BYTES = 1 << 30  # of clips
-KEPT_SECONDS = 3600  # clips and uploads
+KEPT_BYTES, KEPT_SECONDS = 1 << 30, 3600  # of clips, pictures and uploads
 KEPT_SESSIONS = 200
 SHOWN = 20  # clips in a session's history
 _LONGEST_ERROR = 300  # characters; a sentence may quote a prompt of any length
@@ -47,8 +47,6 @@ class Maker:
         from .model import load
 
         self.folder = folder
-        self._kept: deque[tuple[Path, int]] = deque()
-        self._bytes = 0
         self._thread = ThreadPoolExecutor(max_workers=1)
         # one too: every thread that draws keeps the memory it took
         self._drawing = ThreadPoolExecutor(max_workers=1)
@@ -74,12 +72,14 @@ class Maker:
 
     def _check(self, count: int | None, options: dict[str, Any]) -> int:
         """The first seed of a request that can be honoured."""
-        if count not in (None, *range(1, MAX_COUNT + 1)):
-            raise InputError(f"count must be from 1 to {MAX_COUNT} here, not {count!r:.60}")
+        count = 1 if count is None else count
+        if not isinstance(count, int) or not 1 <= count <= MAX_COUNT:
+            raise InputError(f"count must be a whole number from 1 to {MAX_COUNT} here, not {count!r:.60}")
         with warnings.catch_warnings():
             # the command line says so and goes on; here nobody would read it
             warnings.filterwarnings("error", "the prompt is longer than", UserWarning)
             recipe = self._model.recipe(**options)
+            self._model.recipe(**options | {"seed": recipe.seed + count - 1})
         for name, found, most in (("seconds", recipe.seconds, MAX_SECONDS), ("steps", recipe.steps, MAX_STEPS)):
             if found > most:
                 raise InputError(f"{name} must be at most {most} here, not {found:g}")
@@ -89,14 +89,19 @@ class Maker:
         audio = self._model.generate(**options)
         path = self.folder / f"{file_stem(audio.recipe.prompt)}-{secrets.token_hex(4)}.wav"
         audio.save(path)
-        self._kept.append((path, path.stat().st_size))
-        self._bytes += self._kept[-1][1]
-        while self._bytes > KEPT_BYTES:
-            oldest, size = self._kept.popleft()
-            oldest.unlink(missing_ok=True)
-            oldest.with_suffix(".png").unlink(missing_ok=True)
-            self._bytes -= size
+        self.tidy()
         return path
+
+    def tidy(self) -> None:
+        """Delete files that are older than KEPT_SECONDS, and all but the newest KEPT_BYTES."""
+        files = [(path, path.stat()) for path in self.folder.rglob("*") if path.is_file()]
+        files.sort(key=lambda file: file[1].st_mtime_ns, reverse=True)
+        total = 0
+        for path, stat in files:
+            total += stat.st_size
+            if total > KEPT_BYTES or time.time() - stat.st_mtime > KEPT_SECONDS:
+                path.unlink(missing_ok=True)
+                path.with_suffix(".png").unlink(missing_ok=True)
 
 
 def serve(model: str | None = None, host: str = "127.0.0.1", port: int = 7860) -> None:
@@ -128,8 +133,11 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int = 7860) -
             )
             name = f"[{host}]" if ":" in host else host
             print(f"http://{name}:{listener.getsockname()[1]}/: the page; Ctrl-C ends it", flush=True)
+            # a name of somebody's own that leads here is not ours: else any page in the browser could ask in its place
+            local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+            guarded = _Guard(app, maker, {host, "localhost", "127.0.0.1", "::1"} if local else None)
             # an open page holds a connection, so waiting for all to close has to end
-            config = uvicorn.Config(_Guard(app), log_level="critical", timeout_graceful_shutdown=1)
+            config = uvicorn.Config(guarded, log_level="critical", timeout_graceful_shutdown=1)
             uvicorn.Server(config).run(sockets=[listener])
         finally:
             maker.close()
@@ -141,14 +149,17 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, UnicodeError) as error:
-        raise InputError(f"cannot serve at {host}:{port}: {getattr(error, 'strerror', None) or error}") from None
+        # create_server adds the address to what the system says
+        problem = str(getattr(error, "strerror", None) or error).partition(" (while attempting")[0]
+        raise InputError(f"cannot serve at {host}:{port}: {problem}") from None
 
 
 class _Guard:
-    """An ASGI application around another: refuses large bodies unread, and keeps browsers from looking elsewhere."""
+    """An ASGI application around another: refuses what that would not, and keeps browsers from looking elsewhere."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    def __init__(self, app: Any, maker: Maker, names: set[str] | None) -> None:
+        """`names` are what requests may call this host; None allows any."""
+        self.app, self.maker, self.names = app, maker, names
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         from fastapi.responses import JSONResponse
@@ -158,13 +169,25 @@ class _Guard:
                 message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY)]
             await send(message)
 
-        headers = dict(scope.get("headers", ()))
+        if refusal := scope["type"] == "http" and self._refuse(scope["path"], dict(scope["headers"])):
+            status, problem = refusal
+            await JSONResponse({"detail": problem}, status)(scope, receive, send)
+            return
+        if scope["type"] == "http" and scope["path"].endswith("/upload"):
+            self.maker.tidy()
+        await self.app(scope, receive, send_with_policy)
+
+    def _refuse(self, path: str, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
+        """Status and sentence, if the request is refused."""
         # chunks would tell their sum too late
         if b"transfer-encoding" in headers or int(headers.get(b"content-length", 0)) > MAX_BODY:
-            problem = f"a request must hold at most {MAX_BODY >> 20} MB, and tell its length"
-            await JSONResponse({"detail": problem}, 413)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send_with_policy)
+            return 413, f"a request must hold at most {MAX_BODY >> 20} MB, and tell its length"
+        if "://" in path:
+            return 403, "nothing is fetched from elsewhere"  # Gradio would: file=http://…
+        name = urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname
+        if self.names is not None and name not in self.names:
+            return 403, "this page answers to its own machine alone, see --host"
+        return None
 
 
 def _page(maker: Maker) -> gradio.Blocks:
@@ -192,16 +215,17 @@ def _page(maker: Maker) -> gradio.Blocks:
                 made.append(path)
                 yield [str(path) for path in made], [*(history or []), *made][-SHOWN:]
         except (MlxAudioError, UserWarning, OSError) as error:
-            # where an upload lies is nobody's business
-            sentence = str(error).replace(f"{Path(init_audio or '.').parent}{os.sep}", "")
+            sentence = str(error)
+            if init_audio is not None:  # where an upload lies is nobody's business
+                sentence = sentence.replace(f"{Path(init_audio).parent}{os.sep}", "")
             raise gr.Error(textwrap.shorten(sentence, _LONGEST_ERROR), print_exception=False) from None
 
     async def uploaded(path: str) -> str:
-        if not Path(path).resolve().is_relative_to(maker.folder):
-            raise gr.Error("init audio must be uploaded: no other file or address is read", print_exception=False)
+        if "\0" in path or not Path(path).resolve().is_relative_to(maker.folder):
+            raise gr.Error("a file must be uploaded: no other, and no address, is read", print_exception=False)
         return path
 
-    with gr.Blocks(title="mlx-audio-native", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as page:
+    with gr.Blocks(title="mlx-audio-native", analytics_enabled=False) as page:
         page.state_session_capacity = KEPT_SESSIONS
         history = gr.State([])
         gr.Markdown("# mlx-audio-native")
@@ -220,8 +244,6 @@ def _page(maker: Maker) -> gradio.Blocks:
                     bpm = gr.Number(label="BPM", value=None, placeholder="the prompt's", min_width=90)
                 with gr.Accordion("Init audio", open=False):
                     init_audio = gr.Audio(label="Sound to start from", type="filepath", sources=["upload"])
-                    # a mounted Gradio reads any file that a request names, and fetches addresses
-                    init_audio.async_move_resource_to_block_cache = uploaded
                     with gr.Row():
                         noise_level = gr.Number(label="Noise level", value=None, placeholder="0.7", min_width=90)
                         trim = gr.Checkbox(label="Trim to the model's window", min_width=120)
@@ -234,13 +256,17 @@ def _page(maker: Maker) -> gradio.Blocks:
                 @gr.render(inputs=history, queue=False)
                 def show(paths: list[Path]) -> None:
                     for path in filter(Path.exists, reversed(paths)):
+                        recipe = read_recipe(path)
                         with gr.Group(key=f"group {path}"):
-                            gr.HTML(_card(path, maker.picture(path)), key=f"card {path}")
+                            gr.HTML(_card(recipe, path, maker.picture(path)), key=f"card {path}")
                             again = gr.Button("Use its settings", size="sm", key=f"again {path}")
-                        again.click(partial(_settings, path), None, settings, queue=False, api_visibility="private")
+                        again.click(partial(_settings, recipe), None, settings, queue=False, api_visibility="private")
 
         settings = [prompt, seconds, seed, steps, bars, bpm, noise_level, lock]
         inputs = [prompt, seconds, seed, steps, count, init_audio, noise_level, trim, bars, bpm, history]
+        for field in (*inputs[:-1], lock):
+            # a mounted Gradio copies any file that a request names for any field, and fetches addresses
+            field.async_move_resource_to_block_cache = uploaded
         seed.input(lambda: True, None, lock, queue=False, api_visibility="private")
         drawn = gr.on([go.click, prompt.submit], _next_seed, [seed, lock], seed, queue=False, api_visibility="private")
         run = drawn.then(generate, inputs, [files, history], api_name="generate", show_progress_on=[go])
@@ -256,16 +282,15 @@ def _next_seed(seed: int | None, locked: bool) -> int:
     return seed if locked and seed is not None else secrets.randbelow(2**32)
 
 
-def _settings(path: Path) -> tuple[Any, ...]:
+def _settings(recipe: Recipe) -> tuple[Any, ...]:
     """What made a clip, for the fields of the page, the seed locked."""
-    options = read_recipe(path).options()
+    options = recipe.options()
     names = "prompt", "seconds", "seed", "steps", "bars", "bpm", "noise_level"
     return *(options.get(name) for name in names), True
 
 
-def _card(path: Path, picture: Path) -> str:
+def _card(recipe: Recipe, path: Path, picture: Path) -> str:
     """A clip in HTML: player, spectrogram, download. Gradio's own player would convert some files where ffmpeg is."""
-    recipe = read_recipe(path)
     wav, png = (f"gradio_api/file={quote(str(file))}" for file in (path, picture))
     return (
         f"<p><b>{escape(recipe.prompt)}</b> · {recipe.seconds:g} s · seed {recipe.seed}</p>"

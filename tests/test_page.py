@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 import re
 import shlex
 import shutil
@@ -23,13 +24,13 @@ import soundfile
 
 from mlx_audio_native import generate, read_recipe
 from mlx_audio_native.cli import main
-from mlx_audio_native.page import MAX_BODY, MAX_WAITING, SHOWN, Maker
+from mlx_audio_native.page import KEPT_SECONDS, MAX_BODY, MAX_WAITING, SHOWN, Maker
 
 pytest.importorskip("gradio", reason="the page takes the extra `ui`")
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 (SERVE,) = re.findall(r"^mlx-audio-native (serve.*)", README, re.MULTILINE)
-(CURL,) = re.findall(r"^curl .*", README, re.MULTILINE)
+(CURL,) = re.findall(r"^PAGE=.*curl .*", README, re.MULTILINE)
 LONG = "kick drum " * 100
 # The command line, telling of every look elsewhere that the process takes.
 COMMAND = """
@@ -207,7 +208,9 @@ def sound(tmp_path_factory):
 
 
 def test_the_readme_s_line_of_curl(server, tmp_path):
-    subprocess.run(["bash", "-euc", CURL.replace("http://127.0.0.1:7860/", server.url)], cwd=tmp_path, check=True)
+    subprocess.run(
+        ["bash", "-euc", CURL.replace("http://127.0.0.1:7860", server.url.rstrip("/"))], cwd=tmp_path, check=True
+    )
     (path,) = tmp_path.glob("*.wav")
     recipe = read_recipe(path)
     assert path.read_bytes() == saved(tmp_path / "same.wav", **recipe.options())
@@ -233,7 +236,9 @@ def test_clips_are_those_that_generate_makes(server, sound, tmp_path):
         ({"prompt": "a", "bars": 100, "bpm": 60}, "seconds must be at most 60 here, not 400"),
         ({"prompt": "a", "steps": 1.5}, "steps must be a whole number, not 1.5"),
         ({"prompt": "a", "steps": 201}, "steps must be at most 200 here, not 201"),
-        ({"prompt": "a", "count": 9}, "count must be from 1 to 8 here, not 9"),
+        ({"prompt": "a", "count": 9}, "count must be a whole number from 1 to 8 here, not 9"),
+        ({"prompt": "a", "count": 2.0}, "count must be a whole number from 1 to 8 here, not 2.0"),
+        ({"prompt": "a", "seed": 2**64 - 1, "count": 2}, f"seed must be from 0 to {2**64 - 1}, not {2**64}"),
         ({"prompt": "a", "seed": -1}, "seed must be from 0 to 18446744073709551615, not -1"),
         ({"prompt": "a", "bpm": 120}, "bpm is about a loop: give bars too"),
     ],
@@ -256,13 +261,26 @@ def test_the_same_sentences_as_the_command_line(server, tmp_path, monkeypatch, c
     assert len(server.ask(prompt="kick " * 100_000)) <= 300
 
 
-def test_only_uploads_are_read(server):
-    for path in ("/etc/passwd", str(Path(__file__)), "http://127.0.0.1:1/a.wav"):
-        refused = server.ask(prompt="a", init_audio={"path": path, "meta": {"_type": "gradio.FileData"}})
-        assert refused == "init audio must be uploaded: no other file or address is read"
-    for path in ("/etc/passwd", str(Path(__file__))):
-        with pytest.raises(urllib.error.HTTPError, match="40"):
-            server.read(f"{server.url}gradio_api/file={path}")
+@pytest.mark.parametrize("field", ["prompt", "seconds", "seed", "steps", "count", "init_audio", "trim", "bars", "bpm"])
+def test_only_uploads_are_read(server, field):
+    for path in ("/etc/passwd", str(Path(__file__)), "http://127.0.0.1:1/a.wav", "a\0b"):
+        refused = server.ask(**{"prompt": "a", field: {"path": path, "meta": {"_type": "gradio.FileData"}}})
+        assert refused == "a file must be uploaded: no other, and no address, is read"
+
+
+def test_no_file_or_address_is_handed_on(server):
+    for path in ("/etc/passwd", str(Path(__file__)), "http://127.0.0.1:1/a.wav", "https%3A//127.0.0.1:1/a.wav"):
+        for name in ("file=", "file/", "proxy="):
+            with pytest.raises(urllib.error.HTTPError, match="40"):
+                server.read(f"{server.url}gradio_api/{name}{path}")
+
+
+def test_only_its_own_names_are_answered(server):
+    for name, status in (("localhost", 200), ("127.0.0.1:9", 200), ("elsewhere.test", 403), ("", 403)):
+        found = subprocess.run(
+            ["curl", "-sH", f"Host: {name}", "-o", "/dev/null", "-w", "%{http_code}", server.url], capture_output=True
+        )
+        assert found.stdout == str(status).encode(), name
 
 
 def test_huge_requests_are_refused_unread(server, tmp_path):
@@ -278,8 +296,10 @@ def test_huge_requests_are_refused_unread(server, tmp_path):
 
 def test_there_is_no_way_past_the_queue(server):
     for name in ("run", "api"):
-        with pytest.raises(urllib.error.HTTPError):
-            urllib.request.urlopen(f"{server.url}gradio_api/{name}/generate", b'{"data": ["a"]}', timeout=30)
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            call = urllib.request.Request(f"{server.url}gradio_api/{name}/generate", b'{"data": ["a"]}')
+            call.add_header("Content-Type", "application/json")
+            urllib.request.urlopen(call, timeout=30)
 
 
 def test_a_full_queue_refuses(server):
@@ -312,6 +332,18 @@ def test_the_oldest_clips_go(tmp_path, monkeypatch):
         made.append(path)
     maker.close()
     assert sorted(tmp_path.iterdir()) == sorted(file for path in made[1:] for file in (path, path.with_suffix(".png")))
+
+
+def test_old_files_go_with_the_next_clip(tmp_path):
+    maker = Maker(None, tmp_path)
+    for name, age in (("upload/old.wav", KEPT_SECONDS + 60), ("new.wav", KEPT_SECONDS - 60)):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    (made,) = maker.make(1, {"prompt": "kick", "seconds": 0.15, "steps": 1})
+    maker.close()
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted([made, tmp_path / "new.wav"])
 
 
 def test_a_person_at_the_page(server, browser, sound, tmp_path):
@@ -457,7 +489,7 @@ def test_a_port_that_cannot_be_had(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["serve", "--port", port]) == 1
-    assert capsys.readouterr().err.startswith(f"error: cannot serve at 127.0.0.1:{port}: Address already in use")
+    assert capsys.readouterr().err == f"error: cannot serve at 127.0.0.1:{port}: Address already in use\n"
     for port in ("65536", "-1"):
         assert main(["serve", "--port", port]) == 1
         assert capsys.readouterr().err == f"error: --port must be from 0 to 65535, not {port}\n"
