@@ -2,13 +2,12 @@
 
 import random
 import shutil
-import time
 from pathlib import Path
 
 import pytest
-from test_fuzz import MEGABYTE, SECONDS, frozen_heap, mutate, peak_memory, structure_of
+from test_fuzz import frozen_heap, mutate, outcome, structure_of
 
-from extraction import ExtractionError, arm
+from extraction import arm
 
 ARM = Path(__file__).parent.parent / "golden" / "data" / "arm"
 FILES = ("conditioners", "dit_int8", "autoencoder_float32")
@@ -27,16 +26,8 @@ def run_cases(damaged: str, count: int, seed: int, folder: Path) -> dict[str, in
     for case in range(count):
         kind, data = mutate(rng, original, structure)
         (folder / f"{damaged}.tflite").write_bytes(data)
-        where, start = f"seed {seed}, case {case}: {damaged}, {kind}", time.process_time()
-        with peak_memory() as grown:
-            try:
-                arm.read(folder)
-                ends["success"] += 1
-            except ExtractionError as error:
-                ends["error"] += 1
-                assert "\n" not in error.problem and len(error.problem) < 1000, where
-        assert time.process_time() - start < SECONDS, where
-        assert grown[0] < 64 * MEGABYTE + 2 * len(data), f"{where}: {grown[0] / MEGABYTE:.0f} MB"
+        where = f"seed {seed}, case {case}: {damaged}, {kind}"
+        ends[outcome(lambda: arm.read(folder), len(data), where)] += 1
     return ends
 
 

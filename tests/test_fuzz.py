@@ -5,7 +5,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,6 +95,21 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def outcome(read_damaged: Callable[[], object], size: int, where: str) -> str:
+    """How reading a file of `size` bytes ends, "success" or "error", within the bounds of time and memory."""
+    start = time.process_time()
+    with peak_memory() as grown:
+        try:
+            read_damaged()
+            end = "success"
+        except ExtractionError as error:
+            end = "error"
+            assert "\n" not in error.problem and len(error.problem) < 1000, where
+    assert time.process_time() - start < SECONDS, where
+    assert grown[0] < 64 * MEGABYTE + 2 * size, f"{where}: {grown[0] / MEGABYTE:.0f} MB"
+    return end
+
+
 @frozen_heap()
 def run_cases(count: int, seed: int, folder: Path) -> dict[str, int]:
     """Extract `count` damaged files. Returns how many of them ended how."""
@@ -109,16 +124,7 @@ def run_cases(count: int, seed: int, folder: Path) -> dict[str, int]:
         kind, data = mutate(rng, originals[name], structures[name])
         damaged.write_bytes(data)
         where = f"seed {seed}, case {case}: {name}, {kind}"
-        start = time.process_time()
-        with peak_memory() as grown:
-            try:
-                extract(damaged, output)
-                ends["success"] += 1
-            except ExtractionError as error:
-                ends["error"] += 1
-                assert "\n" not in error.problem and len(error.problem) < 1000, where
-        assert time.process_time() - start < SECONDS, where
-        assert grown[0] < 64 * MEGABYTE + 2 * len(data), f"{where}: {grown[0] / MEGABYTE:.0f} MB"
+        ends[outcome(lambda: extract(damaged, output), len(data), where)] += 1
         assert {item.name for item in folder.iterdir()} <= {"damaged.tflite", "warm", "model"}, where
         if output.exists():
             assert {item.name for item in output.iterdir()} == {"config.json", "model.safetensors"}, where
