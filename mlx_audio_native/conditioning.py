@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .errors import InputError
 from .schema import Section, check, nearest
@@ -185,40 +186,55 @@ class Conditioner(nn.Module):
             if id_ not in numbers:
                 raise InputError(f"this model also needs {id_}")
             embedding = embedder(_as_numbers(id_, numbers[id_], batch))
-            encoded[id_] = embedding[:, None, :], mx.ones((batch, 1))
+            encoded[id_] = embedding[:, None, :], np.ones((batch, 1), np.float32)
         return Conditioning(
             cross_attention=mx.concatenate([encoded[id_][0] for id_ in self.config.cross_attention_ids], axis=1),
-            mask=mx.concatenate([encoded[id_][1] for id_ in self.config.cross_attention_ids], axis=1),
+            mask=mx.array(np.concatenate([encoded[id_][1] for id_ in self.config.cross_attention_ids], axis=1)),
             global_cond=mx.concatenate([encoded[id_][0][:, 0] for id_ in self.config.global_ids], axis=-1),
         )
 
-    def _encode_text(self, input_ids: Any, attention_mask: Any) -> tuple[mx.array, mx.array]:
+    def _encode_text(self, input_ids: Any, attention_mask: Any) -> tuple[mx.array, np.ndarray]:
         prompt = self.config.prompt
-        ids, mask = mx.array(input_ids), mx.array(attention_mask)
+        ids, mask = _as_numpy(input_ids), _as_numpy(attention_mask)
         if ids.ndim != 2 or ids.shape != mask.shape or not 1 <= ids.shape[1] <= prompt.encode_length or not ids.size:
             raise InputError(
                 f"token ids and mask must have one shape (batch, up to {prompt.encode_length} tokens), "
                 f"found {ids.shape} and {mask.shape}"
             )
-        if not mx.issubdtype(ids.dtype, mx.integer):
-            raise InputError(f"token ids must be whole numbers, found {ids.dtype}")
-        if ids.min().item() < 0 or ids.max().item() >= prompt.t5_config.vocab_size:
+        if ids.dtype.kind not in "iu":
+            raise InputError(f"token ids must be whole numbers, found {mx.array(input_ids).dtype}")
+        if ids.min() < 0 or ids.max() >= prompt.t5_config.vocab_size:
             raise InputError(f"token ids must be from 0 to {prompt.t5_config.vocab_size - 1}")
         real = mask != 0
         # padding after the last real token changes nothing but the time it takes
-        last = mx.where(real, mx.arange(1, ids.shape[1] + 1), 1).max().item()
-        states = self.t5(ids[:, :last], real[:, :last])[:, : prompt.max_length]
+        last = int(np.where(real, np.arange(1, ids.shape[1] + 1), 1).max())
+        real = real[:, :last].astype(np.float32)
+        states = self.t5(mx.array(ids[:, :last].astype(np.int32)), mx.array(real))[:, : prompt.max_length]
         if prompt.project_out:
             states = self.project_out(states)
-        real = real[:, : states.shape[1]].astype(mx.float32)
-        missing = prompt.max_length - states.shape[1]
-        return mx.pad(states * real[..., None], ((0, 0), (0, missing), (0, 0))), mx.pad(real, ((0, 0), (0, missing)))
+        real = real[:, : prompt.max_length]
+        missing = prompt.max_length - real.shape[1]
+        states = states * mx.array(real[..., None])
+        return mx.pad(states, ((0, 0), (0, missing), (0, 0))), np.pad(real, ((0, 0), (0, missing)))
+
+
+def _as_numpy(values: Any) -> np.ndarray:
+    """What mx.array takes, read without it where possible: a value that has to come back from a GPU is waited for."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # bfloat16, or rows of several lengths, which MLX refuses too
+        array = None
+    if array is not None and array.dtype.kind in "biuf":
+        return array
+    found = mx.array(values)
+    return np.asarray(found.astype(mx.float32) if found.dtype == mx.bfloat16 else found)
 
 
 def _as_numbers(id_: str, values: Any, batch: int) -> mx.array:
-    values = mx.array(values).astype(mx.float32).reshape(-1)
+    with np.errstate(over="ignore"):  # beyond float32 is not finite, which is said below
+        values = _as_numpy(values).astype(np.float32).reshape(-1)
     if values.size not in (1, batch):
         raise InputError(f"{id_} has {values.size} values for a batch of {batch}")
-    if not mx.isfinite(values).all().item():
+    if not np.isfinite(values).all():
         raise InputError(f"{id_} must be finite")
-    return mx.broadcast_to(values, (batch,))
+    return mx.array(np.resize(values, batch))

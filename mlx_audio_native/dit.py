@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from typing import NamedTuple
+from weakref import proxy
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from . import cuda
 from .elementwise import silu
 from .schema import Section, check
 
@@ -129,8 +133,23 @@ class DiTConfig:
         return max(self.head_dim // 2, 32)
 
 
+def is_plain(*layers: nn.Module) -> bool:
+    """Whether they are products and no more, not quantised and without a bias."""
+    return all(isinstance(layer, nn.Linear) and "bias" not in layer for layer in layers)
+
+
+def add_dense(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
+    """residual + layer(x): one operation if the layer is a product and no more."""
+    if is_plain(layer):
+        return mx.addmm(residual, x, layer.weight.T)
+    return residual + layer(x)
+
+
 class Attention(nn.Module):
-    """What self- and cross-attention share: heads, their optional norm, and the way out."""
+    """What self- and cross-attention share: heads, their optional norm, and the way out.
+
+    On an NVIDIA GPU in half precision by the kernels of cuda.py, if these heads fit them.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -141,30 +160,62 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
         self.to_out = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
 
-    def split_heads(self, x: mx.array) -> mx.array:
-        """(B, T, heads · head_dim) → (B, heads, T, head_dim)"""
-        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
+    def split_heads(self, x: mx.array, batch: int) -> mx.array:
+        """(B·T, heads · head_dim) → (B, T, heads, head_dim)"""
+        return x.reshape(batch, len(x) // batch, -1, self.head_dim)
 
-    def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """Fewer key/value heads than query heads are shared by neighbours."""
+    def attend(self, residual: mx.array, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """residual (B·T, E) and heads (B, heads, T, head_dim) → (B·T, E).
+
+        Fewer key/value heads than query heads are shared by neighbours.
+        """
         states = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
-        return self.to_out(states.transpose(0, 2, 1, 3).flatten(2))
+        return add_dense(residual, self.to_out, states.transpose(0, 2, 1, 3).reshape(residual.shape))
+
+    @property
+    def by_kernels(self) -> bool:
+        fits = self.head_dim in (64, 128) and is_plain(self.to_out)
+        return fits and cuda.usable(self.to_out.weight.dtype)
+
+
+def _periods(rotary_dim: int) -> np.ndarray:
+    """As float32 powers, as the reference takes them; from a base, angles at position 1000 are 2e-4 apart."""
+    return np.float32(10000) ** (np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim))
+
+
+@cache
+def _rotation(length: int, rotary_dim: int) -> tuple[mx.array, mx.array]:
+    """Cosines and sines (length, rotary_dim / 2), float32."""
+    angles = np.arange(length, dtype=np.float32)[:, None] * (1 / _periods(rotary_dim))
+    return mx.array(np.cos(angles)), mx.array(np.sin(angles))
 
 
 class SelfAttention(Attention):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)
         self.rotary_dim = config.rotary_dim
-        # given as float32 powers, as the reference takes them; from a base, angles at position 1000 are 2e-4 apart
-        exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
-        self._periods = mx.array(np.float32(10000) ** exponents)
+        self._periods = mx.array(_periods(config.rotary_dim))
         self.to_qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        q, k, v = (self.split_heads(part) for part in mx.split(self.to_qkv(x), 3, axis=-1))
+    def __call__(self, residual: mx.array, x: mx.array, batch: int) -> mx.array:
+        if self.by_kernels and self.rotary_dim % 16 == 0 and is_plain(self.to_qkv):
+            return self._by_kernels(residual, x, batch)
+        q, k, v = mx.split(self.split_heads(self.to_qkv(x), batch).transpose(0, 2, 1, 3), 3, axis=1)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.attend(self.rotate(q), self.rotate(k), v)
+        return self.attend(residual, self.rotate(q), self.rotate(k), v)
+
+    def _by_kernels(self, residual: mx.array, x: mx.array, batch: int) -> mx.array:
+        width, length = residual.shape[1], len(x) // batch
+        heads, dim = width // self.head_dim, self.head_dim
+        norms = None
+        if self.qk_norm:
+            norms = self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias
+        rotation = _rotation(length, self.rotary_dim)
+        qkv = cuda.project_heads(x, self.to_qkv.weight, heads, length, norms, _QK_NORM_EPS, rotation)
+        qkv = qkv.reshape(batch, length, -1)
+        states = cuda.attention(qkv, qkv, qkv, dim, heads, heads, (width, 2 * width))
+        return cuda.project_onto(residual, states, self.to_out.weight)
 
     def rotate(self, x: mx.array) -> mx.array:
         return mx.fast.rope(x, self.rotary_dim, traditional=False, base=None, scale=1.0, offset=0, freqs=self._periods)
@@ -176,13 +227,27 @@ class CrossAttention(Attention):
         self.to_q = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
         self.to_kv = nn.Linear(config.cond_embed_dim, 2 * config.cond_embed_dim, bias=False)
 
-    def keys_values(self, context: mx.array) -> tuple[mx.array, mx.array]:
-        k, v = (self.split_heads(part) for part in mx.split(self.to_kv(context), 2, axis=-1))
-        return (self.k_norm(k) if self.qk_norm else k), v
+    def keys_values(self, context: mx.array, batch: int) -> tuple[mx.array, mx.array]:
+        k, v = mx.split(self.split_heads(self.to_kv(context), batch).transpose(0, 2, 1, 3), 2, axis=1)
+        k = self.k_norm(k) if self.qk_norm else k
+        if self.by_kernels:  # heads of a token side by side
+            k, v = (mx.contiguous(part.transpose(0, 2, 1, 3).flatten(2)) for part in (k, v))
+        return k, v
 
-    def __call__(self, x: mx.array, keys_values: tuple[mx.array, mx.array]) -> mx.array:
-        q = self.split_heads(self.to_q(x))
-        return self.attend(self.q_norm(q) if self.qk_norm else q, *keys_values)
+    def __call__(self, residual: mx.array, x: mx.array, keys_values: tuple[mx.array, mx.array]) -> mx.array:
+        batch = len(keys_values[0])
+        if self.by_kernels:
+            return self._by_kernels(residual, self.to_q(x).reshape(batch, len(x) // batch, -1), *keys_values)
+        q = self.split_heads(self.to_q(x), batch)
+        # normed before the heads change places: a norm wants its rows in order
+        q = self.q_norm(q) if self.qk_norm else q
+        return self.attend(residual, q.transpose(0, 2, 1, 3), *keys_values)
+
+    def _by_kernels(self, residual: mx.array, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        heads = (part.shape[2] // self.head_dim for part in (q, k))
+        norm = (self.q_norm.weight, self.q_norm.bias) if self.qk_norm else None
+        states = cuda.attention(q, k, v, self.head_dim, *heads, (0, 0), norm, _QK_NORM_EPS)
+        return cuda.project_onto(residual, states, self.to_out.weight)
 
 
 class FeedForward(nn.Module):
@@ -193,12 +258,14 @@ class FeedForward(nn.Module):
         self.proj_in = nn.Linear(config.embed_dim, 2 * config.ff_dim)
         self.proj_out = nn.Linear(config.ff_dim, config.embed_dim)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, residual: mx.array, x: mx.array) -> mx.array:
         value, gate = mx.split(self.proj_in(x), 2, axis=-1)
-        return self.proj_out(value * silu(gate))
+        return add_dense(residual, self.proj_out, value * silu(gate))
 
 
 class Block(nn.Module):
+    """(B·T, E) → (B·T, E), all clips in one: with three axes each product takes two operations more."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.self_norm = nn.LayerNorm(config.embed_dim, config.norm_eps)
@@ -209,9 +276,9 @@ class Block(nn.Module):
         self.ff = FeedForward(config)
 
     def __call__(self, x: mx.array, keys_values: tuple[mx.array, mx.array]) -> mx.array:
-        x = x + self.self_attention(self.self_norm(x))
-        x = x + self.cross_attention(self.cross_norm(x), keys_values)
-        return x + self.ff(self.ff_norm(x))
+        x = self.self_attention(x, self.self_norm(x), len(keys_values[0]))
+        x = self.cross_attention(x, self.cross_norm(x), keys_values)
+        return self.ff(x, self.ff_norm(x))
 
 
 class Embedder(nn.Module):
@@ -259,23 +326,41 @@ class DiT(nn.Module):
 
         The tokens' mask plays no part: the reference attends to the zero rows of padding too.
         """
-        dtype = self.project_in.weight.dtype
-        context = self.to_cond_embed(cross_attention.astype(dtype))
-        keys_values = [block.cross_attention.keys_values(context) for block in self.blocks]
+        dtype, batch = self.project_in.weight.dtype, len(cross_attention)
+        context = self.to_cond_embed(cross_attention.astype(dtype).flatten(0, 1))
+        keys_values = [block.cross_attention.keys_values(context, batch) for block in self.blocks]
         if not self.config.global_cond_dim:
-            return Prepared(keys_values, mx.zeros((len(context), self.config.embed_dim), dtype))
+            return Prepared(keys_values, mx.zeros((batch, self.config.embed_dim), dtype))
         return Prepared(keys_values, self.to_global_embed(global_cond.astype(dtype)))
 
     def velocity(self, latents: mx.array, t: mx.array, prepared: Prepared) -> mx.array:
-        """As `__call__`, for conditioning that was prepared; in the dtype of the latents."""
-        x = latents.astype(self.project_in.weight.dtype)
-        token = prepared.global_embed + self.embed_time(t)
-        x = self.project_in(self.preprocess(x) + x)
-        x = mx.concatenate([token[:, None, :], x], axis=1)
-        for block, keys_values in zip(self.blocks, prepared.keys_values, strict=True):
-            x = block(x, keys_values)
-        x = self.project_out(x[:, 1:])
-        return (self.postprocess(x) + x).astype(latents.dtype)
+        """As `__call__`, for conditioning that was prepared; in the dtype of the latents.
+
+        A GPU's is compiled at the first call, with the weights as they are then.
+        """
+        function = self._velocity if mx.default_device() == mx.cpu else self._compiled
+        return function(latents, t, *prepared)
+
+    @cached_property
+    def _compiled(self) -> Callable[..., mx.array]:
+        return mx.compile(partial(DiT._velocity, proxy(self)))  # a cycle would outlive the model
+
+    def _velocity(
+        self,
+        latents: mx.array,
+        t: mx.array,
+        keys_values: list[tuple[mx.array, mx.array]],
+        global_embed: mx.array,
+    ) -> mx.array:
+        batch = len(latents)
+        x = latents.astype(self.project_in.weight.dtype).flatten(0, 1)
+        x = self.project_in(add_dense(x, self.preprocess, x)).reshape(batch, -1, self.config.embed_dim)
+        token = global_embed + self.embed_time(t)
+        x = mx.concatenate([token[:, None, :], x], axis=1).flatten(0, 1)
+        for block, own in zip(self.blocks, keys_values, strict=True):
+            x = block(x, own)
+        x = self.project_out(x.reshape(batch, -1, self.config.embed_dim)[:, 1:].flatten(0, 1))
+        return add_dense(x, self.postprocess, x).reshape(latents.shape).astype(latents.dtype)
 
     def embed_time(self, t: mx.array) -> mx.array:
         """t (B,) → (B, E). Cosine first, then sine, and no raw t, unlike the seconds' embedding."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import pairwise
 from math import ceil, prod
+from threading import Lock
+from weakref import proxy
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import cuda, cuda_snake
 from .convolution import Conv, Downsample, Upsample
 from .elementwise import sine
 from .errors import InputError
@@ -16,6 +22,10 @@ from .schema import Section, check
 
 _DILATIONS = (1, 3, 9)
 _KERNEL = 7
+_AT_ONCE = 2**19  # audio frames to decode at a time: 256 latent frames of stable-audio-open, the small one's window
+_LARGEST = 2**30  # bytes of the largest array in decoding: 8 such windows in half precision; more clips are in groups
+_ROOM = 2**28  # bytes that decoding on a GPU may always take
+_bounding = Lock()  # of the limit, which the whole process has in common
 
 
 @dataclass(frozen=True)
@@ -124,11 +134,52 @@ class AutoencoderConfig:
 
     def latents_for(self, frames: int) -> int:
         """How many latent frames, from the first on, have a part in the first `frames` audio frames."""
+        return self._heard(0, frames - 1)[1] + 1
+
+    def largest(self, latents: int) -> int:
+        """Elements of the largest array in decoding a clip of so many latent frames."""
+        rate, sizes = self.downsampling_ratio, []
+        widths, strides = self.decoder.widths, self.decoder.strides
+        for (width, wider), stride in zip(pairwise(widths), strides, strict=True):
+            # what a stage makes, and its input by pairs of frames
+            sizes += [rate * width, rate // stride * 2 * wider]
+            rate //= stride
+        return latents * max(sizes)
+
+    @property
+    def at_once(self) -> int:
+        """How many latent frames are decoded as a whole; more are in chunks, see `chunks`."""
+        return _AT_ONCE // self.downsampling_ratio
+
+    def chunks(self, latents: int) -> Iterator[tuple[slice, slice]]:
+        """Pieces of so many latent frames, all of one length, and which audio frames of each to keep.
+
+        Up to `at_once` are one piece. More overlap by what a frame hears, so that those kept are what they are in the
+        whole. A latent frame's audio frames begin at `downsampling_ratio` times its place, also after odd strides:
+        what these lose is at the end.
+        """
+        if latents <= self.at_once:
+            yield slice(0, latents), slice(None)
+            return
+        ratio = self.downsampling_ratio
+        first, last = self._heard(0, ratio - 1)
+        overlap = last - first
+        step = ceil(latents / ceil(latents / max(self.at_once - overlap, overlap)))
+        length = min(step + overlap, latents)
+        for start in range(0, latents, step):
+            left = min(max(start + first, 0), latents - length)
+            yield slice(left, left + length), slice((start - left) * ratio, (start - left + step) * ratio)
+
+    def _heard(self, first: int, last: int) -> tuple[int, int]:
+        """The first and the last latent frame with a part in audio frames first to last; maybe outside of the clip."""
         reach = _KERNEL // 2
-        last = frames - 1 + reach
+        first, last = first - reach, last + reach
         for stride in self.decoder.strides:
-            last = (last + reach * sum(_DILATIONS) + ceil(stride / 2)) // stride
-        return last + reach + 1
+            units, cut = reach * sum(_DILATIONS), ceil(stride / 2)
+            # a block of `stride` frames hears the latent frame of its place and the one before
+            first = (first - units + cut) // stride - 1
+            last = (last + units + cut) // stride
+        return first - reach, last + reach
 
 
 class Snake(nn.Module):
@@ -141,6 +192,17 @@ class Snake(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return x + self.magnitude * mx.square(sine(self.frequency * x))
+
+    def joined(
+        self,
+        x: mx.array,
+        bias: mx.array | None = None,
+        residual: mx.array | None = None,
+        keep: bool = False,
+        skip: int = 0,
+    ) -> tuple[mx.array | None, mx.array]:
+        """The sum of x, bias and residual, and its snake: see `cuda_snake.snake`."""
+        return cuda_snake.snake(x, bias, residual, self.frequency, self.magnitude, keep, skip)
 
 
 class ELU(nn.Module):
@@ -201,11 +263,44 @@ class Decoder(Sequence):
             layers.append(Sequence(_activation(config, width), Upsample(width, narrower, stride), *units))
         last = Conv(widths[-1], config.audio_channels, _KERNEL, bias=False)
         super().__init__(*layers, _activation(config, widths[-1]), last)
-        self.final_tanh = config.final_tanh
+        self.final_tanh, self.use_snake = config.final_tanh, config.use_snake
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = super().__call__(x)
+        x = self._joined(x) if self.joins else super().__call__(x)
         return mx.tanh(x) if self.final_tanh else x
+
+    @property
+    def joins(self) -> bool:
+        """Whether biases and residual sums are joined with the snakes after them."""
+        return self.use_snake and cuda.is_default()
+
+    def _joined(self, x: mx.array) -> mx.array:
+        """As the layers one by one, but a convolution's bias and a unit's sum wait for the next snake."""
+        first, *stages, last_snake, last = self.layers
+        y, bias, kept = first.without_bias(x), first.bias, None
+        for stage in stages:
+            snake, up, *units = stage.layers
+            _, y = snake.joined(y, bias, kept)
+            y, bias, kept, skip = up.without_bias(y), up.bias, None, up.padding
+            for unit in units:
+                outer, dilated, inner, dense = unit.layers
+                kept, y = outer.joined(y, bias, kept, keep=True, skip=skip)
+                _, y = inner.joined(dilated.without_bias(y), dilated.bias)
+                y, bias, skip = dense.without_bias(y), dense.bias, 0
+        _, y = last_snake.joined(y, bias, kept)
+        return last(y)
+
+
+@contextmanager
+def _bounded(room: int) -> Iterator[None]:
+    """With so many bytes more in use MLX's host waits for the GPU; else it runs ahead, and takes all that it can."""
+    with _bounding:
+        limit = mx.get_memory_limit()
+        mx.set_memory_limit(min(limit, mx.get_active_memory() + room))
+        try:
+            yield
+        finally:
+            mx.set_memory_limit(limit)
 
 
 class Autoencoder(nn.Module):
@@ -223,10 +318,46 @@ class Autoencoder(nn.Module):
         return self.decoder.layers[0].weight.dtype
 
     def decode(self, latents: mx.array) -> mx.array:
-        """Audio in float32, as the decoder emits it: not clipped. Raises InputError."""
+        """Audio in float32, as the decoder emits it: not clipped. Raises InputError.
+
+        More than `at_once` latent frames are decoded in chunks, many clips in groups, each evaluated before the next.
+        """
         channels = self.config.decoder.latent_dim
         if latents.ndim != 3 or latents.shape[-1] != channels or not latents.size:
             raise InputError(f"latents must be (batch, frames, {channels}), found {latents.shape}")
+        mx.eval(latents)  # before memory is bounded
+        pieces = list(self.config.chunks(latents.shape[1]))
+        largest = self.config.largest(pieces[0][0].stop - pieces[0][0].start) * self.dtype.size
+        clips = ceil(len(latents) / ceil(len(latents) / max(_LARGEST // largest, 1)))
+        groups = []
+        for start in range(0, len(latents), clips):
+            group = latents[start : start + clips]
+            parts = [self._evaluated(group[:, heard], kept, len(group) * largest) for heard, kept in pieces]
+            groups.append(mx.concatenate(parts, axis=1))
+        return mx.concatenate(groups)
+
+    def _evaluated(self, latents: mx.array, kept: slice, largest: int) -> mx.array:
+        audio = mx.contiguous(self.decode_whole(latents)[:, kept])
+        if mx.default_device() == mx.cpu:
+            mx.eval(audio)
+            return audio
+        # a unit has four of the largest arrays at a time; beyond the limit one operation more may take two
+        with _bounded(max(4 * largest, _ROOM)):
+            mx.eval(audio)
+        return audio
+
+    def decode_whole(self, latents: mx.array) -> mx.array:
+        """As `decode` of latents that it accepts, in one piece and not evaluated.
+
+        A GPU's decoder is compiled at the first call, with the weights as they are then.
+        """
+        return self._decode(latents) if mx.default_device() == mx.cpu else self._compiled(latents)
+
+    @cached_property
+    def _compiled(self) -> Callable[[mx.array], mx.array]:
+        return mx.compile(partial(Autoencoder._decode, proxy(self)))  # a cycle would outlive the model
+
+    def _decode(self, latents: mx.array) -> mx.array:
         audio = self.decoder((latents * self.config.scale).astype(self.dtype)).astype(mx.float32)
         return mx.tanh(audio) if self.config.soft_clip else audio
 

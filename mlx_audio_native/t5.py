@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
+from weakref import proxy
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -114,6 +117,16 @@ def gelu(x: mx.array) -> mx.array:
     return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
+def dense(layer: nn.Module, x: mx.array, onto: mx.array | None = None) -> mx.array:
+    """layer(x), or onto + layer(x), in one operation unless the layer is quantised; no layer here has a bias."""
+    if not isinstance(layer, nn.Linear):
+        return layer(x) if onto is None else onto + layer(x)
+    weight = layer.weight.T
+    if mx.default_device() != mx.cpu:
+        mx.eval(weight)  # a view made while the encoder is compiled, and so no operation of any call
+    return x @ weight if onto is None else mx.addmm(onto, x, weight)
+
+
 class Attention(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -124,15 +137,16 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.d_model, inner, bias=False)
         self.out = nn.Linear(inner, config.d_model, bias=False)
 
-    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
-        batch, length, _ = x.shape
-        q, k, v = (
-            layer(x).reshape(batch, length, self.heads, -1).transpose(0, 2, 1, 3)
-            for layer in (self.query, self.key, self.value)
-        )
-        # T5 has no 1/sqrt(d) here: its initialisation absorbs it
-        states = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=bias)
-        return self.out(states.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+    def __call__(self, residual: mx.array, x: mx.array, bias: mx.array) -> mx.array:
+        """residual and x (B·L, D), bias (B, heads, L, L) → (B·L, D)"""
+        shape = len(bias), len(x) // len(bias), self.heads, -1
+        layers = self.query, self.key, self.value
+        q, k, v = (dense(layer, x).reshape(shape).transpose(0, 2, 1, 3) for layer in layers)
+        # T5 has no 1/sqrt(d) here: its initialisation absorbs it. CUDA has no attention in one operation that takes
+        # float32 and a bias, and what MLX does instead begins with a product by the scale
+        scores = mx.addmm(bias, q, k.swapaxes(2, 3))
+        states = mx.softmax(scores, axis=-1, precise=True) @ v
+        return dense(self.out, states.transpose(0, 2, 1, 3).reshape(len(x), -1), residual)
 
 
 class FeedForward(nn.Module):
@@ -144,12 +158,15 @@ class FeedForward(nn.Module):
             self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        hidden = gelu(self.gate(x)) * self.wi(x) if self.gated else mx.maximum(self.wi(x), 0)
-        return self.wo(hidden)
+    def __call__(self, residual: mx.array, x: mx.array) -> mx.array:
+        hidden = dense(self.wi, x)
+        hidden = gelu(dense(self.gate, x)) * hidden if self.gated else mx.maximum(hidden, 0)
+        return dense(self.wo, hidden, residual)
 
 
 class Block(nn.Module):
+    """(B·L, D) → (B·L, D), all texts in one: with three axes each product takes two operations more."""
+
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model, config.epsilon)
@@ -158,8 +175,8 @@ class Block(nn.Module):
         self.ff = FeedForward(config)
 
     def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
-        x = x + self.attention(self.attention_norm(x), bias)
-        return x + self.ff(self.ff_norm(x))
+        x = self.attention(x, self.attention_norm(x), bias)
+        return self.ff(x, self.ff_norm(x))
 
 
 class T5Encoder(nn.Module):
@@ -175,15 +192,26 @@ class T5Encoder(nn.Module):
         self.final_norm = nn.RMSNorm(config.d_model, config.epsilon)
 
     def __call__(self, input_ids: mx.array, attention_mask: mx.array) -> mx.array:
-        """ids (B, L) and mask (B, L), nonzero where a token is real → states (B, L, d_model)."""
+        """ids (B, L) and mask (B, L), nonzero where a token is real → states (B, L, d_model).
+
+        A GPU's is compiled at the first call of each shape, with the weights as they are then.
+        """
+        function = self._states if mx.default_device() == mx.cpu else self._compiled
+        return function(input_ids, attention_mask)
+
+    @cached_property
+    def _compiled(self) -> Callable[..., mx.array]:
+        return mx.compile(partial(T5Encoder._states, proxy(self)))  # a cycle would outlive the model
+
+    def _states(self, input_ids: mx.array, attention_mask: mx.array) -> mx.array:
         buckets = mx.array(relative_buckets(input_ids.shape[1], self.config.num_buckets, self.config.max_distance))
         bias = self.relative_bias(buckets).transpose(2, 0, 1)[None]
         # finite, so that a row without any real token stays free of NaN
         bias = bias + mx.where(attention_mask[:, None, None, :] != 0, 0.0, mx.finfo(mx.float32).min)
-        x = self.embedding(input_ids)
+        x = self.embedding(input_ids.flatten())
         for block in self.blocks:
             x = block(x, bias)
-        return self.final_norm(x)
+        return self.final_norm(x).reshape(*input_ids.shape, -1)
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:

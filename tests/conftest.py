@@ -12,16 +12,18 @@ import mlx_audio_native  # noqa: F401  before mlx.core, so that an installed Ope
 
 import copy
 import io
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cuda_on_cpu
 import mlx.core as mx
 import pytest
 import sentencepiece
 from hypothesis import settings
 
-from mlx_audio_native import Model, load
+from mlx_audio_native import Model, cuda, load
 from mlx_audio_native.conditioning import Conditioner
 from mlx_audio_native.config import ModelConfig
 from mlx_audio_native.dit import DiT
@@ -93,6 +95,32 @@ CONFIG = {
         "io_channels": 8,
     },
 }
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Called, it lets the runtime take the forms that are for a GPU, on any machine and without a compiler."""
+    mx.disable_compile()
+    yield lambda: monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    mx.enable_compile()
+
+
+@pytest.fixture
+def cuda_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Lets CUDA kernels run, without a GPU by way of g++; lists the names of those that do."""
+    used, build = [], cuda.build
+    if not cuda.is_default():
+        if not shutil.which("g++"):
+            pytest.skip("needs an NVIDIA GPU or g++")
+        monkeypatch.setattr(cuda, "is_default", lambda: True)
+        build = cuda_on_cpu.build(tmp_path)
+
+    def counted(name: str, *rest: Any, **more: Any) -> Callable[..., list[mx.array]]:
+        kernel = build(name, *rest, **more)
+        return lambda **call: used.append(name) or kernel(**call)
+
+    monkeypatch.setattr(cuda, "build", counted)
+    return used
 
 
 @pytest.fixture(scope="session")

@@ -107,10 +107,37 @@ def test_anything_that_mx_array_takes(conditioner):
         (ids.tolist(), mask.tolist(), values),
         (mx.array(ids), mx.array(mask.astype(bool)), {key: np.array([value]) for key, value in values.items()}),
         (ids.astype(np.int16), mask.astype(np.float32), {key: mx.array([[value]]) for key, value in values.items()}),
+        (
+            [[mx.array(id_) for id_ in ids[0].tolist()]],
+            mx.array(mask, mx.bfloat16),
+            {key: mx.array(value, mx.bfloat16) for key, value in values.items()},
+        ),
     ]
     for form in forms:
         other = conditioner.encode(*form[:2], **form[2])
         assert all(mx.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_the_form_for_a_gpu_gives_the_same(conditioner, as_on_gpu):
+    ids, mask = tokens(4, 9)
+    values = {"seconds_start": [0, 1], "seconds_total": 7.5}
+    expected = conditioner.encode(ids, mask, **values)
+    as_on_gpu()
+    for a, b in zip(conditioner.encode(ids, mask, **values), expected, strict=True):
+        assert mx.abs(a - b).max().item() <= 5e-6 * max(1, mx.abs(b).max().item())
+
+
+def test_nothing_is_waited_for(conditioner, monkeypatch):
+    """On a GPU each evaluation on the way is a wait."""
+
+    def refuse(self: mx.array) -> None:
+        raise AssertionError("an MLX array was read")
+
+    ids, mask = tokens(4, 9)
+    monkeypatch.setattr(mx.array, "item", refuse)
+    monkeypatch.setattr(mx.array, "tolist", refuse)
+    monkeypatch.setattr(mx, "eval", refuse)
+    conditioner.encode(ids, mask, seconds_start=0, seconds_total=[1, 2])
 
 
 @given(lengths=st.lists(st.integers(1, 16), min_size=2, max_size=4), seed=st.integers(0, 99))
@@ -149,6 +176,15 @@ def test_values_beyond_the_range_are_clipped(conditioner):
     assert mx.array_equal(out.global_cond[1], out.global_cond[2])
 
 
+@pytest.mark.parametrize(("ids", "error"), [([[1], [1, 2]], ValueError), (None, TypeError), ("kick", ValueError)])
+def test_what_mx_array_refuses_is_refused_as_it_does(conditioner, ids, error):
+    with pytest.raises(error) as expected:
+        mx.array(ids)
+    with pytest.raises(error) as found:
+        conditioner.encode(ids, [[1]], seconds_start=0, seconds_total=1)
+    assert str(found.value) == str(expected.value)
+
+
 @pytest.mark.parametrize(
     ("ids", "mask", "values", "said"),
     [
@@ -158,7 +194,10 @@ def test_values_beyond_the_range_are_clipped(conditioner):
         ([[1]], [[1]], {"seconds_start": [0, 1], "seconds_total": 1}, "2 values for a batch of 1"),
         ([[100]], [[1]], {}, "from 0 to 99"),
         ([[-1]], [[1]], {}, "from 0 to 99"),
-        ([[1.5]], [[1]], {}, "whole numbers"),
+        ([[1.5]], [[1]], {}, "whole numbers, found mlx.core.float32"),
+        ([[True]], [[1]], {}, "whole numbers, found mlx.core.bool"),
+        ([[2**40]], [[1]], {}, "from 0 to 99"),
+        ([[1]], [[1]], {"seconds_start": 0, "seconds_total": 1e300}, "seconds_total must be finite"),
         ([1], [1], {}, "one shape"),
         ([[1, 2]], [[1]], {}, "one shape"),
         ([[1] * 17], [[1] * 17], {}, "up to 16 tokens"),

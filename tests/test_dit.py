@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_unflatten
 
-from mlx_audio_native.dit import Attention, DiT, DiTConfig
+from mlx_audio_native.dit import Attention, DiT, DiTConfig, add_dense
+from mlx_audio_native.quantization import Quantization
 from mlx_audio_native.weights import load_parts, read_tensors
 
 VELOCITY_BOUND = 5e-6
@@ -126,6 +129,47 @@ def test_velocity_equals_the_definition(model):
         arrays = (np.array(array[row], np.float64) for array in (latents, t, tokens, global_cond))
         expected = define_velocity(tensors, dit.config, *arrays)
         assert relative_rms(velocity[row], expected) <= VELOCITY_BOUND
+
+
+def test_the_form_for_a_gpu_gives_the_same_and_is_compiled_once(model, monkeypatch, as_on_gpu):
+    dit, _ = model
+    latents, tokens, global_cond = inputs(2)
+    times = mx.array([0.8, 0.8]), mx.array([0.1, 0.5])
+    prepared = dit.prepare(tokens, global_cond)
+    expected = [np.array(dit.velocity(latents, t, prepared), np.float64) for t in times]
+    compiled, real = [], mx.compile
+    monkeypatch.setattr(mx, "compile", lambda function: compiled.append(function) or real(function))
+    as_on_gpu()
+    dit.__dict__.pop("_compiled", None)
+    for t, velocity in zip(times, expected, strict=True):
+        assert relative_rms(dit.velocity(latents, t, prepared), velocity) <= VELOCITY_BOUND
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "quantised"])
+def test_a_layer_onto_a_sum(kind):
+    layer = nn.Linear(64, 32, bias=kind == "bias")
+    if kind == "quantised":
+        layer = layer.to_quantized(32, 8)
+    x, residual = mx.random.normal((10, 64)), mx.random.normal((10, 32))
+    assert relative_rms(add_dense(residual, layer, x), np.array(residual + layer(x), np.float64)) <= 1e-6
+
+
+def test_quantised_blocks_equal_the_blocks_of_their_weights(small_folder: Path):
+    dit = load_parts(small_folder, ["dit"], "float32").dit
+    arrays, t = inputs(2), mx.array([0.6, 0.3])
+    Quantization(8, 32).apply("dit", dit)
+    found = dit(arrays[0], t, *arrays[1:])
+    layers = [(path, layer) for path, layer in dit.named_modules() if isinstance(layer, nn.QuantizedLinear)]
+    assert len(layers) == 7 * len(dit.blocks)
+    for path, layer in layers:
+        weight = mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in layer)
+        plain.update({"weight": weight} | ({"bias": layer.bias} if "bias" in layer else {}))
+        dit.update_modules(tree_unflatten([(path, plain)]))
+    assert not any(isinstance(layer, nn.QuantizedLinear) for _, layer in dit.named_modules())
+    dit.__dict__.pop("_compiled", None)
+    assert relative_rms(found, np.array(dit(arrays[0], t, *arrays[1:]), np.float64)) <= VELOCITY_BOUND
 
 
 def test_what_is_prepared_serves_every_step(model):

@@ -8,13 +8,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_audio_native.config import read_config_json
-from mlx_audio_native.convolution import Conv, Downsample, Upsample, upsampling_taps
+from mlx_audio_native import cuda_snake
+from mlx_audio_native.config import ModelConfig, read_config_json
+from mlx_audio_native.convolution import Conv, Downsample, Upsample, convolve_by_phases, upsampling_taps
 from mlx_audio_native.errors import InputError, WeightsError
-from mlx_audio_native.oobleck import Autoencoder, OobleckConfig
+from mlx_audio_native.oobleck import _LARGEST, _ROOM, Autoencoder, OobleckConfig
+from mlx_audio_native.releases import SMALL, release_config
 from mlx_audio_native.weights import load_parts, read_tensors, save
 
 BOUND = 1e-5
@@ -94,6 +96,16 @@ def test_dilated_convolution_keeps_the_length(length, kernel, dilation, inputs, 
     assert close(layer(mx.array(x))[0], expected, 0.1)
 
 
+@given(
+    frames=st.integers(1, 60), kernel=st.sampled_from([1, 3, 7]), dilation=st.integers(1, 9), batch=st.just(2), **sizes
+)
+def test_a_convolution_by_phases_equals_the_dilated_one(frames, kernel, dilation, batch, inputs, outputs, seed):
+    x, weight = map(mx.array, normal(seed, (batch, frames, inputs), (outputs, kernel, inputs)))
+    padding = dilation * (kernel // 2)
+    expected = np.array(mx.conv1d(x, weight, padding=padding, dilation=dilation), np.float64)
+    assert close(convolve_by_phases(x, weight, dilation, padding), expected, 0.1)
+
+
 def define_coder(x: np.ndarray, tensors: Tensors, config: OobleckConfig, decoding: bool) -> np.ndarray:
     """(T, in) → (T', out), as the reference stacks its layers. Source: OobleckEncoder and OobleckDecoder, 0.0.19."""
 
@@ -167,12 +179,20 @@ def model(request: pytest.FixtureRequest, make_folder: Callable[..., Path]) -> t
     return load_parts(folder, ["autoencoder"], "float32").autoencoder, tensors
 
 
-def test_convolutions_of_other_devices_give_the_same(model, monkeypatch):
-    """Off the CPU mx.conv1d does the work; here it runs on the CPU all the same."""
+@pytest.mark.parametrize("cuda", [False, True])
+def test_convolutions_of_other_devices_give_the_same(model, monkeypatch, as_on_gpu, cuda):
+    """Off the CPU mx.conv1d does the work, or with CUDA mx.conv2d by phases, and snakes are joined with sums.
+
+    Here both run on the CPU all the same, the snakes' kernel as its plain twin.
+    """
     autoencoder, _ = model
     latents, audio = normal(3, (2, 5, 8), (2, 4 * autoencoder.config.downsampling_ratio, 2))
     runs = [(autoencoder.decode(mx.array(latents)), autoencoder.encode(mx.array(audio)))]
-    monkeypatch.setattr("mlx_audio_native.convolution.mx.default_device", lambda: mx.gpu)
+    as_on_gpu()
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(cuda_snake, "snake", cuda_snake.plain_snake)
+    monkeypatch.setattr("mlx_audio_native.convolution._BY_PHASES", 1)
+    assert autoencoder.decoder.joins == (cuda and autoencoder.config.decoder.use_snake)
     runs.append((autoencoder.decode(mx.array(latents)), autoencoder.encode(mx.array(audio))))
     for products, convolutions in zip(*runs, strict=True):
         assert close(convolutions, np.array(products, np.float64))
@@ -229,6 +249,78 @@ def test_latents_for_so_many_frames_are_enough(model, frames):
     whole = autoencoder.decode(latents)[:, :frames]
     short = autoencoder.decode(latents[:, :needed])[:, :frames]
     assert mx.abs(whole - short).max().item() <= BOUND * max(1, mx.abs(whole).max().item())
+
+
+@settings(max_examples=30)
+@given(latents=st.integers(1, 70), at_once=st.integers(1, 40))
+def test_chunks_decode_to_the_whole(model, latents, at_once):
+    """Also with odd strides, which lose frames at the end."""
+    autoencoder, _ = model
+    config = autoencoder.config
+    x = mx.array(normal(4, (2, latents, 8))[0])
+    whole = autoencoder.decode(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_audio_native.oobleck._AT_ONCE", at_once * config.downsampling_ratio)
+        lengths = {piece.stop - piece.start for piece, _ in config.chunks(latents)}
+        found = autoencoder.decode(x)
+    assert len(lengths) == 1
+    assert close(found, np.array(whole, np.float64))
+
+
+def test_the_small_release_decodes_its_window_whole_and_long_ones_in_chunks_no_longer():
+    config = ModelConfig.from_dict(release_config(SMALL), ["autoencoder"]).autoencoder
+    assert config.at_once == 256
+    for latents in (257, 400, 1024):
+        assert all(piece.stop - piece.start <= 256 for piece, _ in config.chunks(latents))
+    assert sum(piece.stop - piece.start for piece, _ in config.chunks(1024)) < 1.1 * 1024
+
+
+def test_groups_of_a_batch_decode_to_the_whole(model, monkeypatch):
+    """Groups as even as they can be, of clips whose largest array is within the bound."""
+    autoencoder, _ = model
+    latents = mx.array(normal(5, (7, 5, 8))[0])
+    whole = autoencoder.decode(latents)
+    sizes, decode = [], autoencoder.decode_whole
+    monkeypatch.setattr(autoencoder, "decode_whole", lambda part: sizes.append(len(part)) or decode(part))
+    for most, expected in ((7, [7]), (6, [4, 3]), (3, [3, 3, 1]), (1, [1] * 7), (0.5, [1] * 7)):
+        bound = int(most * 4 * autoencoder.config.largest(5))
+        monkeypatch.setattr("mlx_audio_native.oobleck._LARGEST", bound)
+        sizes.clear()
+        assert close(autoencoder.decode(latents), np.array(whole, np.float64))
+        assert sizes == expected
+
+
+def test_the_small_release_decodes_eight_windows_at_once():
+    config = ModelConfig.from_dict(release_config(SMALL), ["autoencoder"]).autoencoder
+    assert 8 * 2 * config.largest(256) == 8 * 2 * 128 * 2**19 == _LARGEST
+
+
+def test_memory_is_bounded_on_a_gpu_and_the_limit_restored(small_folder: Path, monkeypatch, as_on_gpu):
+    autoencoder = load_parts(small_folder, ["autoencoder"]).autoencoder
+    limit, evaluate, limits = mx.get_memory_limit(), mx.eval, []
+    latents = mx.zeros((1, 4, 8))
+
+    def run(*arrays):
+        limits.append(mx.get_memory_limit())
+        evaluate(*arrays)
+        if failing:
+            raise RuntimeError("out of memory")
+
+    failing = False
+    monkeypatch.setattr(mx, "eval", run)
+    autoencoder.decode(latents)
+    assert limits == [limit] * 2
+    as_on_gpu()
+    autoencoder.decode(latents)
+    assert limits[2] == limit
+    assert _ROOM <= limits[3] < min(limit, _ROOM + mx.get_active_memory() + 2**20)
+    assert mx.get_memory_limit() == limit
+    monkeypatch.setattr(autoencoder, "decode_whole", lambda latents: mx.zeros((1, 128, 2)))
+    failing = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        autoencoder._evaluated(latents, slice(None), 0)
+    assert limits[4] < limit
+    assert mx.get_memory_limit() == limit
 
 
 def test_half_precision_gives_float32_audio(small_folder: Path):

@@ -1,16 +1,21 @@
 """The text encoder against its definition in float64, read from the tensors by their Hugging Face names."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlx.utils import tree_unflatten
 
-from mlx_audio_native.t5 import T5Config, T5Encoder, relative_buckets
+from mlx_audio_native.bench import count_primitives
+from mlx_audio_native.t5 import T5Config, T5Encoder, dense, relative_buckets
 from mlx_audio_native.weights import load_parts, read_tensors
 
 TEXT_BOUND = 5e-6
@@ -74,6 +79,59 @@ def test_states_equal_the_definition(encoder):
         real = mask[row] == 1
         error = np.abs(states[row][real] - expected[real]).max()
         assert error <= TEXT_BOUND * max(1, np.abs(expected[real]).max())
+
+
+def test_the_form_for_a_gpu_gives_the_same_and_is_compiled_once(encoder, monkeypatch, as_on_gpu):
+    t5, _ = encoder
+    ids = mx.array(np.random.default_rng(1).integers(0, t5.config.vocab_size, (2, 9)))
+    mask = mx.arange(9) < mx.array([[9], [4]])
+    expected = [t5(ids[:, :length], mask[:, :length]) for length in (9, 5)]
+    compiled, real = [], mx.compile
+    monkeypatch.setattr(mx, "compile", lambda function: compiled.append(function) or real(function))
+    as_on_gpu()
+    t5.__dict__.pop("_compiled", None)
+    for states in expected:
+        found = t5(ids[:, : states.shape[1]], mask[:, : states.shape[1]])
+        assert mx.abs(found - states).max().item() <= TEXT_BOUND * max(1, mx.abs(states).max().item())
+    assert len(compiled) == 1
+
+
+def test_on_a_gpu_transposed_weights_are_no_operations(encoder, monkeypatch):
+    """They are made while the encoder is compiled; nothing is evaluated here, which would take a C++ compiler."""
+    t5, _ = encoder
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    attention, (_, inner) = t5.blocks[0].attention, t5.blocks[0].attention.out.weight.shape
+    x, hidden = mx.zeros((3, t5.config.d_model)), mx.zeros((3, inner))
+    mx.eval(x, hidden)
+    assert count_primitives(mx.compile(partial(dense, attention.query))(x)) == 1
+    assert count_primitives(mx.compile(partial(dense, attention.out))(hidden, onto=x)) == 1
+
+
+def test_an_encoder_that_was_compiled_for_a_gpu_is_freed(encoder, as_on_gpu):
+    config = encoder[0].config
+    t5 = T5Encoder(config)
+    as_on_gpu()
+    mx.eval(t5(mx.array([[3, 4]]), mx.ones((1, 2))))
+    gone = ref(t5)
+    del t5
+    assert gone() is None
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_quantised_blocks_equal_the_blocks_of_their_weights(gated):
+    t5 = T5Encoder(T5Config(100, 64, 32, 96, 2, 2, gated))
+    ids, mask = mx.array([[5, 6, 7]]), mx.ones((1, 3))
+    nn.quantize(t5, 32, 8, class_predicate=lambda path, _: path.startswith("blocks.") and "norm" not in path)
+    found = t5(ids, mask)
+    layers = [(path, layer) for path, layer in t5.named_modules() if isinstance(layer, nn.QuantizedLinear)]
+    assert len(layers) == (7 if gated else 6) * len(t5.blocks)
+    for path, layer in layers:
+        weight = mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        plain.weight = weight
+        t5.update_modules(tree_unflatten([(path, plain)]))
+    expected = t5(ids, mask)
+    assert mx.abs(found - expected).max().item() <= TEXT_BOUND * max(1, mx.abs(expected).max().item())
 
 
 @given(length=st.integers(1, 12), padding=st.integers(0, 30), filler=st.integers(0, 99), seed=st.integers(0, 99))

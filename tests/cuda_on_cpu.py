@@ -1,0 +1,71 @@
+"""mx.fast.cuda_kernel without a GPU: the kernels' sources compiled by g++ with cuda_on_cpu.h."""
+
+import ctypes
+import hashlib
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_audio_native import cuda
+
+TYPES = {mx.float16: "_Float16", mx.float32: "float"}
+
+
+def build(folder: Path) -> Callable[..., Callable[..., list[mx.array]]]:
+    """What takes the place of cuda.build; libraries lie in the folder."""
+
+    def build(name, inputs, outputs, source, header="", shared_memory=0):
+        def call(inputs, template, grid, threadgroup, output_shapes, output_dtypes):
+            names = [*input_names, *outputs]
+            kinds = [TYPES[array.dtype] for array in inputs] + [TYPES[dtype] for dtype in output_dtypes]
+            parameters = [f"{kind}* {name}" for name, kind in zip(names, kinds, strict=True)]
+            parameters += [f"const int* {name}_shape" for name in input_names]
+            given = [f"({kind}*)data[{i}]" for i, kind in enumerate(kinds)]
+            given += [f"shapes + {4 * i}" for i in range(len(inputs))]
+            constants = [
+                f"  using {key} = {TYPES[value]};"
+                if isinstance(value, mx.Dtype)
+                else f"  constexpr int {key} = {value:d};"
+                for key, value in template
+            ]
+            blocks = [-(-size // group) for size, group in zip(grid, threadgroup, strict=True)]
+            text = f"""#include "{Path(__file__).with_suffix(".h")}"
+unsigned char* memory;
+{header.removeprefix(cuda._HARDWARE)}
+void kernel({", ".join(parameters)}) {{
+{chr(10).join(constants)}
+{source.replace("extern __shared__ __align__(128) unsigned char memory[];", "")}}}
+extern "C" void run(void** data, const int* shapes) {{
+  std::vector<unsigned char> shared({shared_memory} + 128, 0xff);  // not a number wherever it is not written
+  memory = shared.data() + (128 - (size_t)shared.data() % 128);
+  run_blocks({blocks[0]}, {blocks[1]}, {threadgroup[0]}, [&] {{ kernel({", ".join(given)}); }});
+}}
+"""
+            made = [
+                np.full(shape, np.nan, np.float16 if dtype == mx.float16 else np.float32)
+                for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
+            ]
+            run(library(text), [np.array(array) for array in inputs] + made)
+            return [mx.array(array) for array in made]
+
+        input_names = inputs
+        return call
+
+    def library(text: str) -> Path:
+        path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+        if not path.exists():
+            path.with_suffix(".cpp").write_text(text)
+            options = ["-std=c++20", "-O2", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+            subprocess.run(["g++", *options, "-o", path, path.with_suffix(".cpp")], check=True)
+        return path
+
+    return build
+
+
+def run(library: Path, arrays: Sequence[np.ndarray]) -> None:
+    pointers = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+    sizes = sum(((*array.shape, 1, 1, 1)[:4] for array in arrays), ())
+    ctypes.CDLL(str(library)).run(pointers, (ctypes.c_int * len(sizes))(*sizes))

@@ -1,0 +1,77 @@
+"""The CUDA kernels beside their plain form: on an NVIDIA GPU as they are, elsewhere their sources through g++."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_audio_native import cuda
+from mlx_audio_native.dit import DiT, DiTConfig
+
+CONFIG = DiTConfig(
+    io_channels=16,
+    embed_dim=128,
+    depth=1,
+    num_heads=2,
+    cond_token_dim=64,
+    cond_embed_dim=64,
+    global_cond_dim=64,
+    ff_dim=96,
+    norm_eps=1e-5,
+    qk_norm=True,
+    objective="v",
+    shifts_distribution=False,
+)
+
+
+def random_dit(config: DiTConfig) -> DiT:
+    """Weights that float16 holds, gains and shifts that are not 1 and 0."""
+    dit, weights = DiT(config), []
+    for index, (name, array) in enumerate(tree_flatten(dit.parameters())):
+        noise = mx.random.normal(array.shape, key=mx.random.key(index))
+        scale = array.shape[-1] ** -0.5 if array.ndim > 1 else 0.1
+        weights.append((name, scale * noise + float(name.endswith("norm.weight"))))
+    dit.load_weights(weights)
+    dit.update(tree_map(lambda array: array.astype(mx.float16).astype(mx.float32), dit.parameters()))
+    return dit
+
+
+def check_dit(config: DiTConfig, batch: int, latents: int, tokens: int) -> None:
+    dit = random_dit(config)
+    x = mx.random.normal((batch, latents, config.io_channels), key=mx.random.key(1))
+    context = mx.random.normal((batch, tokens, config.cond_token_dim), key=mx.random.key(2))
+    vector = mx.random.normal((batch, config.global_cond_dim), key=mx.random.key(3))
+    t = mx.full((batch,), 0.5)
+    expected = np.array(dit(x, t, context, vector))
+    dit.update(tree_map(lambda array: array.astype(mx.float16), dit.parameters()))
+    found = np.array(dit._velocity(x, t, *dit.prepare(context, vector)))
+    assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < 2e-3
+
+
+def test_dit_by_kernels(cuda_kernels: list[str]) -> None:
+    check_dit(CONFIG, batch=2, latents=20, tokens=5)
+    assert cuda_kernels == ["project_heads", "attention", "project_onto", "attention", "project_onto"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qk_norm": False},
+        {"embed_dim": 256, "cond_embed_dim": 128},
+        {"embed_dim": 256, "num_heads": 4, "cond_token_dim": 128, "cond_embed_dim": 128},
+    ],
+)
+@pytest.mark.parametrize(("latents", "tokens"), [(63, 64), (64, 65), (130, 1)])
+def test_dit_of_other_sizes(cuda_kernels: list[str], changes: dict, latents: int, tokens: int) -> None:
+    check_dit(replace(CONFIG, **changes), batch=1, latents=latents, tokens=tokens)
+    assert len(cuda_kernels) == 5
+
+
+def test_many_rows_go_to_the_library(cuda_kernels: list[str]) -> None:
+    residual, x, weight = (mx.random.normal(shape).astype(mx.float16) for shape in ((1025, 64), (1025, 64), (64, 64)))
+    assert mx.array_equal(cuda.project_onto(residual, x, weight), mx.addmm(residual, x, weight.T))
+    assert not cuda_kernels
