@@ -213,6 +213,7 @@ def add_golden_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, nargs="?", metavar="MODEL_FOLDER", help="default: the embedded model")
     parser.add_argument("golden", type=Path, nargs="?", metavar="GOLDEN", help="default: both of the embedded model's")
     parser.add_argument("--stages", nargs="+", choices=BOUNDS, metavar="STAGE", help=f"of {', '.join(BOUNDS)}")
+    parser.add_argument("--compile", action="store_true", help="on a GPU, the compiled model")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -244,6 +245,8 @@ def run(args: argparse.Namespace) -> int:
     from mlx_audio_native import load
 
     model = load(args.folder, parts=parts_for(goldens), dtype="float32")
+    if args.compile:
+        model.compile()
     print(where())
     failed: dict[str, int] = {}
     for golden in goldens:

@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
         for precision in args.precision:
             start = time.perf_counter()
             model = _load(folder, parts_for([golden]), precision)
+            if args.compile:
+                model.compile()
             for row in worst(list(compare(model, golden))):
                 if row.stage != "tokens":
                     figures = f"{row.max_abs:10.1e}{row.relative_rms:10.1e}{row.cosine:14.9f}"

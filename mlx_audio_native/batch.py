@@ -74,11 +74,18 @@ class Target:
         return True
 
 
-def run(model: str | Path | None, path: Path, output: Path, batch_size: int = 1, overwrite: bool = False) -> list[str]:
+def run(
+    model: str | Path | None,
+    path: Path,
+    output: Path,
+    batch_size: int = 1,
+    overwrite: bool = False,
+    compile: bool = False,
+) -> list[str]:
     """Make the clips of the list `path` in the folder `output`. Returns lines that tell what was done.
 
-    `batch_size` clips are made at once, which may change their last bits. A file of a clip's name but of another
-    recipe is an error, or replaced if `overwrite`. Raises MlxAudioError, before anything is made if a line is wrong.
+    `batch_size` clips are made at once, which may change their last bits, as may `compile`. A file of a clip's name but
+    of another recipe is an error, or replaced if `overwrite`. Raises MlxAudioError, before anything is made if a line is wrong.
     """
     if batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, not {batch_size}")
@@ -88,6 +95,8 @@ def run(model: str | Path | None, path: Path, output: Path, batch_size: int = 1,
         if rank:  # each checks all lines; one tells
             warnings.simplefilter("ignore")
         loaded = load(model)
+        if compile:
+            loaded.compile()
         targets = [_target(loaded, line, output) for line in lines]
         missing = {target.path for target in _missing(targets, overwrite)}
         _make_folder(output, targets)

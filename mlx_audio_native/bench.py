@@ -216,7 +216,9 @@ def machine() -> dict[str, str]:
     return {"device": device, **blas, "TF32": tf32, **versions, "platform": platform.platform()}
 
 
-def run(folder: str | None, random: str | None, dtype: str | None, runs: int, **options: Any) -> dict[str, Any]:
+def run(
+    folder: str | None, random: str | None, dtype: str | None, runs: int, compile: bool = False, **options: Any
+) -> dict[str, Any]:
     """Load a model folder, or make a random one of a published model's sizes; run it cold, then `runs` times warm.
 
     `options` are a Bench's. Returns its report. Raises MlxAudioError.
@@ -225,6 +227,8 @@ def run(folder: str | None, random: str | None, dtype: str | None, runs: int, **
         raise InputError(f"runs must be at least 1, not {runs}")
     start = time.perf_counter()
     model = RandomModel(random, release_config(random), dtype) if random else load(folder, dtype=dtype)
+    if compile:
+        model.compile()
     load_seconds = time.perf_counter() - start
     bench = Bench(model, **options)
     for _ in range(1 + runs):

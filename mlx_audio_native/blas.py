@@ -48,7 +48,7 @@ def outlive_many_shapes() -> None:
     """Let MLX's CUDA back end go on, however many shapes it meets; a setting of the user's own stays.
 
     Its caches of graphs, convolutions and attention evict what is old, but count their misses for the life of a process
-    and raise at twice their size: by count after about ten lengths of clip (MLX 0.32, backend/cuda/lru_cache.h).
+    and may raise at twice their size (MLX 0.32, backend/cuda/lru_cache.h).
     """
     os.environ.setdefault("MLX_ENABLE_CACHE_THRASHING_CHECK", "0")
 

@@ -148,7 +148,7 @@ def add_dense(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
 class Attention(nn.Module):
     """What self- and cross-attention share: heads, their optional norm, and the way out.
 
-    On an NVIDIA GPU in half precision by the kernels of cuda.py, if these heads fit them.
+    If it `compiles`, on an NVIDIA GPU in half precision by the kernels of cuda.py, as far as these heads fit them.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -158,6 +158,7 @@ class Attention(nn.Module):
             self.q_norm = nn.LayerNorm(config.head_dim, _QK_NORM_EPS)
             self.k_norm = nn.LayerNorm(config.head_dim, _QK_NORM_EPS)
         self.qk_norm = config.qk_norm
+        self.compiles = False
         self.to_out = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
 
     def split_heads(self, x: mx.array, batch: int) -> mx.array:
@@ -175,7 +176,7 @@ class Attention(nn.Module):
     @property
     def by_kernels(self) -> bool:
         fits = self.head_dim in (64, 128) and is_plain(self.to_out)
-        return fits and cuda.usable(self.to_out.weight.dtype)
+        return self.compiles and fits and cuda.usable(self.to_out.weight.dtype)
 
 
 def _periods(rotary_dim: int) -> np.ndarray:
@@ -306,6 +307,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.compiles = False
         self.timestep_frequencies = mx.zeros((_TIMESTEP_FEATURES // 2,))
         self.to_timestep_embed = Embedder(_TIMESTEP_FEATURES, config.embed_dim, bias=True)
         self.to_cond_embed = Embedder(config.cond_token_dim, config.cond_embed_dim, bias=False)
@@ -316,6 +318,12 @@ class DiT(nn.Module):
         self.blocks = [Block(config) for _ in range(config.depth)]
         self.project_out = nn.Linear(config.embed_dim, config.io_channels, bias=False)
         self.postprocess = nn.Linear(config.io_channels, config.io_channels, bias=False)
+
+    def compile(self) -> None:
+        """Has `velocity` compiled from now on; conditioning that was prepared before does not fit any more."""
+        attentions = (part for block in self.blocks for part in (block.self_attention, block.cross_attention))
+        for module in (self, *attentions):
+            module.compiles = True
 
     def __call__(self, latents: mx.array, t: mx.array, cross_attention: mx.array, global_cond: mx.array) -> mx.array:
         """Latents (B, T, C), t (B,), tokens (B, N, D), global vector (B, G) → velocity (B, T, C)."""
@@ -336,9 +344,9 @@ class DiT(nn.Module):
     def velocity(self, latents: mx.array, t: mx.array, prepared: Prepared) -> mx.array:
         """As `__call__`, for conditioning that was prepared; in the dtype of the latents.
 
-        A GPU's is compiled at the first call, with the weights as they are then.
+        After `compile`, compiled at the first call of each shape, with the weights as they are then.
         """
-        function = self._velocity if mx.default_device() == mx.cpu else self._compiled
+        function = self._compiled if self.compiles else self._velocity
         return function(latents, t, *prepared)
 
     @cached_property

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from . import __version__, hub
+from . import __version__, cuda, hub
 from .audio import Audio, Recipe
 from .config import PARTS
 from .dit import Prepared
@@ -32,7 +32,7 @@ from .windows import close_loop, render_long
 
 DEMO = Path(__file__).parent / "demo"
 log = logging.getLogger(__name__)
-_KEPT = 2**30  # bytes; to have a decoder's memory from the driver anew takes half as long as to decode
+_KEPT = 2**32  # bytes; to take a decoder's memory from CUDA's driver anew costs half as long as to decode
 
 
 class Model:
@@ -57,6 +57,20 @@ class Model:
     def sha256(self) -> str:
         """Of the folder's model.safetensors, in hexadecimal."""
         return sha256(self.folder / WEIGHTS)
+
+    def compile(self) -> Model:
+        """Has a GPU's work compiled from now on, and returns the model; nothing changes on a CPU.
+
+        Clips then take half the time or less. But what is compiled is so at the first clip of each shape: some seconds
+        in every process, on an NVIDIA GPU half a minute the first time ever.
+        """
+        if mx.default_device() == mx.gpu:
+            if self.conditioner:
+                self.conditioner.t5.compiles = True
+            for part in (self.dit, self.autoencoder):
+                if part:
+                    part.compile()
+        return self
 
     def generate(
         self,
@@ -268,13 +282,13 @@ def _embedded() -> Model:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Logs how long a stage took, and gives back memory that it alone needed; a GPU keeps some for the next clip."""
+    """Logs how long a stage took, and gives back memory that it alone needed; an NVIDIA GPU keeps some for more clips."""
     start = time.perf_counter()
     yield
-    if mx.default_device() == mx.cpu:
-        mx.clear_cache()
-    else:
+    if cuda.is_default():
         mx.set_cache_limit(_KEPT)
+    else:
+        mx.clear_cache()
     log.info("%-18s %7.3f s", name, time.perf_counter() - start)
 
 

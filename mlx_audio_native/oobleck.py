@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from math import ceil, prod
-from threading import Lock
 from weakref import proxy
 
 import mlx.core as mx
@@ -24,8 +22,6 @@ _DILATIONS = (1, 3, 9)
 _KERNEL = 7
 _AT_ONCE = 2**19  # audio frames to decode at a time: 256 latent frames of stable-audio-open, the small one's window
 _LARGEST = 2**30  # bytes of the largest array in decoding: 8 such windows in half precision; more clips are in groups
-_ROOM = 2**28  # bytes that decoding on a GPU may always take
-_bounding = Lock()  # of the limit, which the whole process has in common
 
 
 @dataclass(frozen=True)
@@ -263,7 +259,7 @@ class Decoder(Sequence):
             layers.append(Sequence(_activation(config, width), Upsample(width, narrower, stride), *units))
         last = Conv(widths[-1], config.audio_channels, _KERNEL, bias=False)
         super().__init__(*layers, _activation(config, widths[-1]), last)
-        self.final_tanh, self.use_snake = config.final_tanh, config.use_snake
+        self.final_tanh, self.use_snake, self.compiles = config.final_tanh, config.use_snake, False
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self._joined(x) if self.joins else super().__call__(x)
@@ -272,7 +268,7 @@ class Decoder(Sequence):
     @property
     def joins(self) -> bool:
         """Whether biases and residual sums are joined with the snakes after them."""
-        return self.use_snake and cuda.is_default()
+        return self.compiles and self.use_snake and cuda.is_default()
 
     def _joined(self, x: mx.array) -> mx.array:
         """As the layers one by one, but a convolution's bias and a unit's sum wait for the next snake."""
@@ -291,18 +287,6 @@ class Decoder(Sequence):
         return last(y)
 
 
-@contextmanager
-def _bounded(room: int) -> Iterator[None]:
-    """With so many bytes more in use MLX's host waits for the GPU; else it runs ahead, and takes all that it can."""
-    with _bounding:
-        limit = mx.get_memory_limit()
-        mx.set_memory_limit(min(limit, mx.get_active_memory() + room))
-        try:
-            yield
-        finally:
-            mx.set_memory_limit(limit)
-
-
 class Autoencoder(nn.Module):
     """Latents (B, T, C) ↔ audio (B, frames, channels)."""
 
@@ -317,6 +301,10 @@ class Autoencoder(nn.Module):
     def dtype(self) -> mx.Dtype:
         return self.decoder.layers[0].weight.dtype
 
+    def compile(self) -> None:
+        """Has the decoder compiled from now on."""
+        self.decoder.compiles = True
+
     def decode(self, latents: mx.array) -> mx.array:
         """Audio in float32, as the decoder emits it: not clipped. Raises InputError.
 
@@ -325,33 +313,27 @@ class Autoencoder(nn.Module):
         channels = self.config.decoder.latent_dim
         if latents.ndim != 3 or latents.shape[-1] != channels or not latents.size:
             raise InputError(f"latents must be (batch, frames, {channels}), found {latents.shape}")
-        mx.eval(latents)  # before memory is bounded
         pieces = list(self.config.chunks(latents.shape[1]))
         largest = self.config.largest(pieces[0][0].stop - pieces[0][0].start) * self.dtype.size
         clips = ceil(len(latents) / ceil(len(latents) / max(_LARGEST // largest, 1)))
         groups = []
         for start in range(0, len(latents), clips):
             group = latents[start : start + clips]
-            parts = [self._evaluated(group[:, heard], kept, len(group) * largest) for heard, kept in pieces]
+            parts = [self._evaluated(group[:, heard], kept) for heard, kept in pieces]
             groups.append(mx.concatenate(parts, axis=1))
         return mx.concatenate(groups)
 
-    def _evaluated(self, latents: mx.array, kept: slice, largest: int) -> mx.array:
+    def _evaluated(self, latents: mx.array, kept: slice) -> mx.array:
         audio = mx.contiguous(self.decode_whole(latents)[:, kept])
-        if mx.default_device() == mx.cpu:
-            mx.eval(audio)
-            return audio
-        # a unit has four of the largest arrays at a time; beyond the limit one operation more may take two
-        with _bounded(max(4 * largest, _ROOM)):
-            mx.eval(audio)
+        mx.eval(audio)
         return audio
 
     def decode_whole(self, latents: mx.array) -> mx.array:
         """As `decode` of latents that it accepts, in one piece and not evaluated.
 
-        A GPU's decoder is compiled at the first call, with the weights as they are then.
+        After `compile`, compiled at the first call of each shape, with the weights as they are then.
         """
-        return self._decode(latents) if mx.default_device() == mx.cpu else self._compiled(latents)
+        return self._compiled(latents) if self.decoder.compiles else self._decode(latents)
 
     @cached_property
     def _compiled(self) -> Callable[[mx.array], mx.array]:

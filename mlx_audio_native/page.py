@@ -40,7 +40,7 @@ _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 class Maker:
     """Makes clips as files. One thread loads the model and runs it: MLX's streams belong to a thread."""
 
-    def __init__(self, model: str | None, folder: Path) -> None:
+    def __init__(self, model: str | None, folder: Path, compile: bool = False) -> None:
         from .blas import require_backend
 
         require_backend()
@@ -51,6 +51,8 @@ class Maker:
         # one too: every thread that draws keeps the memory it took
         self._drawing = ThreadPoolExecutor(max_workers=1)
         self._model = self._thread.submit(load, model).result()
+        if compile:
+            self._thread.submit(self._model.compile).result()
 
     def make(self, count: int | None, options: dict[str, Any]) -> Iterator[Path]:
         """WAV files of `count` clips as they are done, seeds one up. Raises MlxAudioError, UserWarning or OSError."""
@@ -104,7 +106,7 @@ class Maker:
                 path.with_suffix(".png").unlink(missing_ok=True)
 
 
-def serve(model: str | None = None, host: str = "127.0.0.1", port: int = 7860) -> None:
+def serve(model: str | None = None, host: str = "127.0.0.1", port: int = 7860, compile: bool = False) -> None:
     """Serve the page until interrupted; port 0 takes any that is free. Prints its address.
 
     Raises InputError without Gradio or where nothing can listen, or MlxAudioError for the model.
@@ -119,7 +121,7 @@ def serve(model: str | None = None, host: str = "127.0.0.1", port: int = 7860) -
             from fastapi import FastAPI
         except ImportError as error:
             raise InputError("the page takes an extra: pip install '.[ui]' in the clone") from error
-        maker = Maker(model, Path(folder).resolve())
+        maker = Maker(model, Path(folder).resolve(), compile)
         try:
             app = gradio.mount_gradio_app(
                 FastAPI(openapi_url=None),

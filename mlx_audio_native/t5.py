@@ -121,10 +121,7 @@ def dense(layer: nn.Module, x: mx.array, onto: mx.array | None = None) -> mx.arr
     """layer(x), or onto + layer(x), in one operation unless the layer is quantised; no layer here has a bias."""
     if not isinstance(layer, nn.Linear):
         return layer(x) if onto is None else onto + layer(x)
-    weight = layer.weight.T
-    if mx.default_device() != mx.cpu:
-        mx.eval(weight)  # a view made while the encoder is compiled, and so no operation of any call
-    return x @ weight if onto is None else mx.addmm(onto, x, weight)
+    return x @ layer.weight.T if onto is None else mx.addmm(onto, x, layer.weight.T)
 
 
 class Attention(nn.Module):
@@ -190,13 +187,14 @@ class T5Encoder(nn.Module):
         self.relative_bias = nn.Embedding(config.num_buckets, config.num_heads)
         self.blocks = [Block(config) for _ in range(config.num_layers)]
         self.final_norm = nn.RMSNorm(config.d_model, config.epsilon)
+        self.compiles = False
 
     def __call__(self, input_ids: mx.array, attention_mask: mx.array) -> mx.array:
         """ids (B, L) and mask (B, L), nonzero where a token is real → states (B, L, d_model).
 
-        A GPU's is compiled at the first call of each shape, with the weights as they are then.
+        If `compiles`, compiled at the first call of each shape, with the weights as they are then.
         """
-        function = self._states if mx.default_device() == mx.cpu else self._compiled
+        function = self._compiled if self.compiles else self._states
         return function(input_ids, attention_mask)
 
     @cached_property

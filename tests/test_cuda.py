@@ -46,6 +46,7 @@ def check_dit(config: DiTConfig, batch: int, latents: int, tokens: int) -> None:
     t = mx.full((batch,), 0.5)
     expected = np.array(dit(x, t, context, vector))
     dit.update(tree_map(lambda array: array.astype(mx.float16), dit.parameters()))
+    dit.compile()
     found = np.array(dit._velocity(x, t, *dit.prepare(context, vector)))
     assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < 2e-3
 
