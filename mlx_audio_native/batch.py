@@ -85,7 +85,8 @@ def run(
     """Make the clips of the list `path` in the folder `output`. Returns lines that tell what was done.
 
     `batch_size` clips are made at once, which may change their last bits, as may `compile`. A file of a clip's name but
-    of another recipe is an error, or replaced if `overwrite`. Raises MlxAudioError, before anything is made if a line is wrong.
+    of another recipe is an error, or replaced if `overwrite`. Raises MlxAudioError, before anything is made if a line
+    is wrong.
     """
     if batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, not {batch_size}")

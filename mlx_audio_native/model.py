@@ -61,8 +61,8 @@ class Model:
     def compile(self) -> Model:
         """Has a GPU's work compiled from now on, and returns the model; nothing changes on a CPU.
 
-        Clips then take half the time or less. But what is compiled is so at the first clip of each shape: some seconds
-        in every process, on an NVIDIA GPU half a minute the first time ever.
+        A clip then takes about a third less. But all is compiled at the first clip of each shape: some seconds in every
+        process, on an NVIDIA GPU half a minute the first time ever.
         """
         if mx.default_device() == mx.gpu:
             if self.conditioner:
@@ -282,7 +282,7 @@ def _embedded() -> Model:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Logs how long a stage took, and gives back memory that it alone needed; an NVIDIA GPU keeps some for more clips."""
+    """Logs how long a stage took, and gives back memory that it alone needed; CUDA keeps some for more clips."""
     start = time.perf_counter()
     yield
     if cuda.is_default():
