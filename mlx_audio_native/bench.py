@@ -26,7 +26,7 @@ from . import __version__
 from .blas import prefer_openblas
 from .config import PARTS, ModelConfig
 from .errors import InputError
-from .model import DEMO, Model, load, stage
+from .model import DEMO, Model, evaluated, load, stage
 from .names import entries
 from .releases import release_config
 from .request import check_request, window_frames
@@ -130,9 +130,7 @@ class Bench:
         with measure("conditioning"), stage("text and seconds"):
             velocity = model.velocity(request)
         with measure("sampling"), stage("sampling"):
-            for state in sample_noise(velocity, noise, request.sampler, request.steps):
-                mx.async_eval(state.latents)
-            mx.eval(state.latents)
+            *_, state = evaluated(sample_noise(velocity, noise, request.sampler, request.steps))
         del velocity
         with measure("decoding"), stage("decoding"):
             samples = model.autoencoder.decode(state.latents[:, : self.latents])

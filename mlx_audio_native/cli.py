@@ -27,7 +27,7 @@ from .errors import InputError
 log = logging.getLogger(__name__)
 # options of `generate` that a recipe holds too, by the names of both and of Model.generate
 _SOUND = ("noise_level", "inpaint", "bars", "bpm")
-_COMPILE = "on a GPU, compile first, which may take half a minute; then a clip takes about a third less"
+_COMPILE = "on a GPU, compile first: faster clips after up to half a minute, and a wait for each new length"
 _REQUEST = ("prompt", "seconds", "steps", "seed", "cfg_scale", "negative_prompt", "sampler", *_SOUND)
 
 

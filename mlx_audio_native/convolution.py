@@ -33,7 +33,7 @@ def convolve(
 
 def _convolve_gpu(x: mx.array, weight: mx.array, dilation: int, padding: int) -> mx.array:
     _, taps, inputs = weight.shape
-    if taps == 1:
+    if taps == 1 and not padding:
         return x @ weight[:, 0].T
     if dilation > 1 and inputs >= _BY_PHASES and padding % dilation == 0 and mx.cuda.is_available():
         return convolve_by_phases(x, weight, dilation, padding)

@@ -410,8 +410,13 @@ def is_default() -> bool:
 
 
 def usable(dtype: mx.Dtype) -> bool:
-    """Whether these kernels run here."""
-    return dtype in (mx.float16, mx.bfloat16) and is_default()
+    """Whether attention and its products run here: in half precision, from compute capability 8.0 on."""
+    return dtype in (mx.float16, mx.bfloat16) and is_default() and _capability() >= 8
+
+
+@cache
+def _capability() -> int:
+    return mx.device_info().get("compute_capability_major", 0)
 
 
 @cache
@@ -423,7 +428,7 @@ def build(
     header: str = "",
     shared_memory: int = 0,
 ) -> Callable[..., list[mx.array]]:
-    """mx.fast.cuda_kernel, under a name that is the source's alone: MLX keeps compiled modules by it, also on disk."""
+    """mx.fast.cuda_kernel, under a name that is the source's alone: MLX keeps compiled modules by it."""
     tag = hashlib.sha256((header + source).encode()).hexdigest()[:12]
     return mx.fast.cuda_kernel(
         name=f"{name}_{tag}",

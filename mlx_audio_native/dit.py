@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from . import cuda
+from .dense import add_dense, is_plain
 from .elementwise import silu
 from .schema import Section, check
 
@@ -133,18 +134,6 @@ class DiTConfig:
         return max(self.head_dim // 2, 32)
 
 
-def is_plain(*layers: nn.Module) -> bool:
-    """Whether they are products and no more, not quantised and without a bias."""
-    return all(isinstance(layer, nn.Linear) and "bias" not in layer for layer in layers)
-
-
-def add_dense(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
-    """residual + layer(x): one operation if the layer is a product and no more."""
-    if is_plain(layer):
-        return mx.addmm(residual, x, layer.weight.T)
-    return residual + layer(x)
-
-
 class Attention(nn.Module):
     """What self- and cross-attention share: heads, their optional norm, and the way out.
 
@@ -199,7 +188,7 @@ class SelfAttention(Attention):
         self.to_qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=False)
 
     def __call__(self, residual: mx.array, x: mx.array, batch: int) -> mx.array:
-        if self.by_kernels and self.rotary_dim % 16 == 0 and is_plain(self.to_qkv):
+        if self.by_kernels and is_plain(self.to_qkv):
             return self._by_kernels(residual, x, batch)
         q, k, v = mx.split(self.split_heads(self.to_qkv(x), batch).transpose(0, 2, 1, 3), 3, axis=1)
         if self.qk_norm:
@@ -237,7 +226,7 @@ class CrossAttention(Attention):
 
     def __call__(self, residual: mx.array, x: mx.array, keys_values: tuple[mx.array, mx.array]) -> mx.array:
         batch = len(keys_values[0])
-        if self.by_kernels:
+        if keys_values[0].ndim == 3:
             return self._by_kernels(residual, self.to_q(x).reshape(batch, len(x) // batch, -1), *keys_values)
         q = self.split_heads(self.to_q(x), batch)
         # normed before the heads change places: a norm wants its rows in order
@@ -320,7 +309,7 @@ class DiT(nn.Module):
         self.postprocess = nn.Linear(config.io_channels, config.io_channels, bias=False)
 
     def compile(self) -> None:
-        """Has `velocity` compiled from now on; conditioning that was prepared before does not fit any more."""
+        """Has a GPU's `velocity` compiled from now on."""
         attentions = (part for block in self.blocks for part in (block.self_attention, block.cross_attention))
         for module in (self, *attentions):
             module.compiles = True
@@ -344,9 +333,10 @@ class DiT(nn.Module):
     def velocity(self, latents: mx.array, t: mx.array, prepared: Prepared) -> mx.array:
         """As `__call__`, for conditioning that was prepared; in the dtype of the latents.
 
-        After `compile`, compiled at the first call of each shape, with the weights as they are then.
+        After `compile`, on a GPU, compiled at the first call of each shape, with the weights as they are then.
         """
-        function = self._compiled if self.compiles else self._velocity
+        compiled = self.compiles and mx.default_device() == mx.gpu
+        function = self._compiled if compiled else self._velocity
         return function(latents, t, *prepared)
 
     @cached_property

@@ -61,15 +61,13 @@ class Model:
     def compile(self) -> Model:
         """Has a GPU's work compiled from now on, and returns the model; nothing changes on a CPU.
 
-        A clip then takes about a third less. But all is compiled at the first clip of each shape: some seconds in every
-        process, on an NVIDIA GPU half a minute the first time ever.
+        Clips are then made faster. But each part is compiled at its first call, which takes some seconds in every
+        process and on an NVIDIA GPU half a minute the first time ever, and traced for each length of text and clip.
         """
-        if mx.default_device() == mx.gpu:
-            if self.conditioner:
-                self.conditioner.t5.compiles = True
-            for part in (self.dit, self.autoencoder):
-                if part:
-                    part.compile()
+        text_encoder = None if self.conditioner is None else self.conditioner.t5
+        for part in (text_encoder, self.dit, self.autoencoder):
+            if part is not None:
+                part.compile()
         return self
 
     def generate(
@@ -209,10 +207,8 @@ class Model:
             velocity = self.velocity(request)
         with stage("sampling"):
             states = self._denoise(request, velocity, noise)
-            for state in tqdm(states, total=request.steps, disable=None, leave=False):
-                mx.async_eval(state.latents)  # the next step is built meanwhile
-            latents = state.latents
-            mx.eval(latents)
+            for state in tqdm(evaluated(states), total=request.steps, disable=None, leave=False):
+                latents = state.latents
             del velocity  # and the keys and values that it holds
         _require_finite(latents, "latents")
         with stage("decoding"):
@@ -280,13 +276,34 @@ def _embedded() -> Model:
     return load()
 
 
+def evaluated(states: Iterator[State]) -> Iterator[State]:
+    """The states of a sampler, each evaluated while the next is built."""
+    previous = None
+    for state in states:
+        mx.async_eval(state.latents)
+        if previous is not None:
+            mx.eval(previous.latents)
+            yield previous
+        previous = state
+    mx.eval(previous.latents)
+    yield previous
+
+
+@cache
+def _bound_cache() -> None:
+    """Once a process; a lower limit that somebody else set stays."""
+    limit = mx.set_cache_limit(_KEPT)
+    if limit < _KEPT:
+        mx.set_cache_limit(limit)
+
+
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Logs how long a stage took, and gives back memory that it alone needed; CUDA keeps some for more clips."""
     start = time.perf_counter()
     yield
     if cuda.is_default():
-        mx.set_cache_limit(_KEPT)
+        _bound_cache()
     else:
         mx.clear_cache()
     log.info("%-18s %7.3f s", name, time.perf_counter() - start)

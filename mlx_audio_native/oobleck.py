@@ -145,14 +145,14 @@ class AutoencoderConfig:
     @property
     def at_once(self) -> int:
         """How many latent frames are decoded as a whole; more are in chunks, see `chunks`."""
-        return _AT_ONCE // self.downsampling_ratio
+        return max(_AT_ONCE // self.downsampling_ratio, 1)
 
     def chunks(self, latents: int) -> Iterator[tuple[slice, slice]]:
         """Pieces of so many latent frames, all of one length, and which audio frames of each to keep.
 
-        Up to `at_once` are one piece. More overlap by what a frame hears, so that those kept are what they are in the
-        whole. A latent frame's audio frames begin at `downsampling_ratio` times its place, also after odd strides:
-        what these lose is at the end.
+        Up to `at_once` are one piece, and pieces are at most so long, or twice what a frame hears. They overlap by what
+        a frame hears, so that those kept are what they are in the whole. A latent frame's audio frames begin at
+        `downsampling_ratio` times its place, also after odd strides: what these lose is at the end.
         """
         if latents <= self.at_once:
             yield slice(0, latents), slice(None)
@@ -302,7 +302,7 @@ class Autoencoder(nn.Module):
         return self.decoder.layers[0].weight.dtype
 
     def compile(self) -> None:
-        """Has the decoder compiled from now on."""
+        """Has a GPU's decoder compiled from now on."""
         self.decoder.compiles = True
 
     def decode(self, latents: mx.array) -> mx.array:
@@ -331,9 +331,10 @@ class Autoencoder(nn.Module):
     def decode_whole(self, latents: mx.array) -> mx.array:
         """As `decode` of latents that it accepts, in one piece and not evaluated.
 
-        After `compile`, compiled at the first call of each shape, with the weights as they are then.
+        After `compile`, on a GPU, compiled at the first call of each shape, with the weights as they are then.
         """
-        return self._compiled(latents) if self.decoder.compiles else self._decode(latents)
+        compiled = self.decoder.compiles and mx.default_device() == mx.gpu
+        return self._compiled(latents) if compiled else self._decode(latents)
 
     @cached_property
     def _compiled(self) -> Callable[[mx.array], mx.array]:

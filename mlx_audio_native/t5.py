@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .dense import add_dense
 from .schema import Section, check, nearest
 
 # d_model, d_kv, d_ff, layers, heads, gated: the encoders that the reference knows by name
@@ -117,13 +118,6 @@ def gelu(x: mx.array) -> mx.array:
     return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
-def dense(layer: nn.Module, x: mx.array, onto: mx.array | None = None) -> mx.array:
-    """layer(x), or onto + layer(x), in one operation unless the layer is quantised; no layer here has a bias."""
-    if not isinstance(layer, nn.Linear):
-        return layer(x) if onto is None else onto + layer(x)
-    return x @ layer.weight.T if onto is None else mx.addmm(onto, x, layer.weight.T)
-
-
 class Attention(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -138,12 +132,12 @@ class Attention(nn.Module):
         """residual and x (B·L, D), bias (B, heads, L, L) → (B·L, D)"""
         shape = len(bias), len(x) // len(bias), self.heads, -1
         layers = self.query, self.key, self.value
-        q, k, v = (dense(layer, x).reshape(shape).transpose(0, 2, 1, 3) for layer in layers)
+        q, k, v = (layer(x).reshape(shape).transpose(0, 2, 1, 3) for layer in layers)
         # T5 has no 1/sqrt(d) here: its initialisation absorbs it. CUDA has no attention in one operation that takes
         # float32 and a bias, and what MLX does instead begins with a product by the scale
         scores = mx.addmm(bias, q, k.swapaxes(2, 3))
         states = mx.softmax(scores, axis=-1, precise=True) @ v
-        return dense(self.out, states.transpose(0, 2, 1, 3).reshape(len(x), -1), residual)
+        return add_dense(residual, self.out, states.transpose(0, 2, 1, 3).reshape(len(x), -1))
 
 
 class FeedForward(nn.Module):
@@ -156,9 +150,9 @@ class FeedForward(nn.Module):
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def __call__(self, residual: mx.array, x: mx.array) -> mx.array:
-        hidden = dense(self.wi, x)
-        hidden = gelu(dense(self.gate, x)) * hidden if self.gated else mx.maximum(hidden, 0)
-        return dense(self.wo, hidden, residual)
+        hidden = self.wi(x)
+        hidden = gelu(self.gate(x)) * hidden if self.gated else mx.maximum(hidden, 0)
+        return add_dense(residual, self.wo, hidden)
 
 
 class Block(nn.Module):
@@ -189,12 +183,17 @@ class T5Encoder(nn.Module):
         self.final_norm = nn.RMSNorm(config.d_model, config.epsilon)
         self.compiles = False
 
+    def compile(self) -> None:
+        """Has a GPU's encoder compiled from now on."""
+        self.compiles = True
+
     def __call__(self, input_ids: mx.array, attention_mask: mx.array) -> mx.array:
         """ids (B, L) and mask (B, L), nonzero where a token is real → states (B, L, d_model).
 
-        If `compiles`, compiled at the first call of each shape, with the weights as they are then.
+        After `compile`, on a GPU, compiled at the first call of each shape, with the weights as they are then.
         """
-        function = self._compiled if self.compiles else self._states
+        compiled = self.compiles and mx.default_device() == mx.gpu
+        function = self._compiled if compiled else self._states
         return function(input_ids, attention_mask)
 
     @cached_property

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -34,6 +35,10 @@ Warp* warp;
 Gate block_gate;
 void switch_warp() { warp = warps[current / 32].get(); }
 
+struct Copy { void* to; const void* from; bool there; };
+std::vector<Copy> copies[1024];
+std::deque<std::vector<Copy>> groups[1024];
+
 void fibre() {
   kernel_call();
   block_gate.wait();
@@ -53,6 +58,8 @@ void run_blocks(unsigned columns, unsigned rows, int threads, std::function<void
     blockIdx = {b % columns, b / columns};
     remaining = threads;
     for (int t = 0; t < threads; t++) {
+      copies[t].clear();
+      groups[t].clear();
       getcontext(&fibres[t]);
       fibres[t].uc_stack.ss_sp = stacks.data() + t * stack;
       fibres[t].uc_stack.ss_size = stack;
@@ -76,13 +83,20 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
   warp->gate.wait();
   return other;
 }
-inline void copy_async(void* to, const void* from, bool there) {
-  if (there) memcpy(to, from, 16);
-  else memset(to, 0, 16);
+inline void copy_async(void* to, const void* from, bool there) { copies[current].push_back({to, from, there}); }
+inline void close_group() {
+  groups[current].push_back(std::move(copies[current]));
+  copies[current].clear();
 }
-inline void close_group() {}
 template <int OPEN>
-inline void wait_groups() {}
+inline void wait_groups() {
+  for (auto& own = groups[current]; own.size() > OPEN; own.pop_front()) {
+    for (const Copy& copy : own.front()) {
+      if (copy.there) memcpy(copy.to, copy.from, 16);
+      else memset(copy.to, 0, 16);
+    }
+  }
+}
 
 inline void load_fragments(unsigned (&r)[4], const void* row) {
   warp->row[lane()] = row;

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_unflatten
 
-from mlx_audio_native.dit import Attention, DiT, DiTConfig, add_dense
+from mlx_audio_native.dense import add_dense
+from mlx_audio_native.dit import Attention, DiT, DiTConfig
 from mlx_audio_native.quantization import Quantization
 from mlx_audio_native.weights import load_parts, read_tensors
 

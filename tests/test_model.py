@@ -1,7 +1,9 @@
 """Loading and generating, on a small model of random weights."""
 
 import logging
+import shutil
 import warnings
+from weakref import ref
 
 import mlx.core as mx
 import numpy as np
@@ -46,6 +48,27 @@ def test_defaults_are_four_seconds_and_what_the_objective_wants(small_model, gui
 def test_a_short_window_is_the_default_length(make_folder):
     model = load(make_folder(lambda config: config.update(sample_size=2048)))
     assert len(model.generate("kick", steps=1).samples) == 2048
+
+
+def test_compiling_changes_nothing_on_a_cpu(small_folder, small_model):
+    compiled = load(small_folder).compile()
+    samples = [model.generate("kick", seconds=1, seed=1).samples for model in (small_model, compiled)]
+    assert np.array_equal(*samples)
+    assert load(small_folder, parts=["dit"]).compile().dit.compiles
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling on a CPU takes g++")
+def test_a_compiled_clip_is_the_clip(make_folder, guided_model, monkeypatch):
+    """The forms for a GPU, compiled, all on the CPU."""
+    options = {"seconds": 1.0, "steps": 3, "cfg_scale": 3.0, "negative_prompt": "hi-hat", "seed": 5}
+    expected = guided_model.generate(PROMPTS[:2], **options)
+    model = load(make_folder(with_objective("rectified_flow"))).compile().compile()
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    for found, clip in zip(model.generate(PROMPTS[:2], **options), expected, strict=True):
+        assert np.linalg.norm(found.samples - clip.samples) < 1e-4 * np.linalg.norm(clip.samples)
+    parts = [ref(part) for part in (model.dit, model.autoencoder, model.conditioner.t5)]
+    del model, found, clip
+    assert not any(part() for part in parts)
 
 
 @pytest.mark.parametrize("sampler", ["pingpong", "euler", "rk4", "dpmpp"])
