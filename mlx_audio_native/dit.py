@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import cuda
+from . import cuda_attention
 from .dense import add_dense, is_plain
 from .elementwise import silu
 from .schema import Section, check
@@ -137,7 +137,7 @@ class DiTConfig:
 class Attention(nn.Module):
     """What self- and cross-attention share: heads, their optional norm, and the way out.
 
-    If it `compiles`, on an NVIDIA GPU in half precision by the kernels of cuda.py, as far as these heads fit them.
+    If it `compiles`, on an NVIDIA GPU in half precision by the kernels of cuda_attention.py, as far as its heads fit.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -165,7 +165,7 @@ class Attention(nn.Module):
     @property
     def by_kernels(self) -> bool:
         fits = self.head_dim in (64, 128) and is_plain(self.to_out)
-        return self.compiles and fits and cuda.usable(self.to_out.weight.dtype)
+        return self.compiles and fits and cuda_attention.usable(self.to_out.weight.dtype)
 
 
 def _periods(rotary_dim: int) -> np.ndarray:
@@ -202,10 +202,10 @@ class SelfAttention(Attention):
         if self.qk_norm:
             norms = self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias
         rotation = _rotation(length, self.rotary_dim)
-        qkv = cuda.project_heads(x, self.to_qkv.weight, heads, length, norms, _QK_NORM_EPS, rotation)
+        qkv = cuda_attention.project_heads(x, self.to_qkv.weight, heads, length, norms, _QK_NORM_EPS, rotation)
         qkv = qkv.reshape(batch, length, -1)
-        states = cuda.attention(qkv, qkv, qkv, dim, heads, heads, (width, 2 * width))
-        return cuda.project_onto(residual, states, self.to_out.weight)
+        states = cuda_attention.attention(qkv, qkv, qkv, dim, heads, heads, (width, 2 * width))
+        return cuda_attention.project_onto(residual, states, self.to_out.weight)
 
     def rotate(self, x: mx.array) -> mx.array:
         return mx.fast.rope(x, self.rotary_dim, traditional=False, base=None, scale=1.0, offset=0, freqs=self._periods)
@@ -236,8 +236,8 @@ class CrossAttention(Attention):
     def _by_kernels(self, residual: mx.array, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         heads = (part.shape[2] // self.head_dim for part in (q, k))
         norm = (self.q_norm.weight, self.q_norm.bias) if self.qk_norm else None
-        states = cuda.attention(q, k, v, self.head_dim, *heads, (0, 0), norm, _QK_NORM_EPS)
-        return cuda.project_onto(residual, states, self.to_out.weight)
+        states = cuda_attention.attention(q, k, v, self.head_dim, *heads, (0, 0), norm, _QK_NORM_EPS)
+        return cuda_attention.project_onto(residual, states, self.to_out.weight)
 
 
 class FeedForward(nn.Module):

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_audio_native import cuda
+from mlx_audio_native import cuda_attention
 
 TYPES = {mx.float16: "_Float16", mx.float32: "float"}
 
@@ -34,7 +34,7 @@ def build(folder: Path) -> Callable[..., Callable[..., list[mx.array]]]:
             blocks = [-(-size // group) for size, group in zip(grid, threadgroup, strict=True)]
             text = f"""#include "{Path(__file__).with_suffix(".h")}"
 unsigned char* memory;
-{header.removeprefix(cuda._HARDWARE)}
+{header.removeprefix(cuda_attention._HARDWARE)}
 void kernel({", ".join(parameters)}) {{
 {chr(10).join(constants)}
 {source.replace("extern __shared__ __align__(128) unsigned char memory[];", "")}}}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_audio_native import cuda
+from mlx_audio_native import cuda_attention
 from mlx_audio_native.dit import DiT, DiTConfig
 
 CONFIG = DiTConfig(
@@ -74,5 +74,5 @@ def test_dit_of_other_sizes(cuda_kernels: list[str], changes: dict, latents: int
 
 def test_many_rows_go_to_the_library(cuda_kernels: list[str]) -> None:
     residual, x, weight = (mx.random.normal(shape).astype(mx.float16) for shape in ((1025, 64), (1025, 64), (64, 64)))
-    assert mx.array_equal(cuda.project_onto(residual, x, weight), mx.addmm(residual, x, weight.T))
+    assert mx.array_equal(cuda_attention.project_onto(residual, x, weight), mx.addmm(residual, x, weight.T))
     assert not cuda_kernels
