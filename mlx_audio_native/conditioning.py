@@ -142,10 +142,11 @@ class NumberEmbedder(nn.Module):
         self.weight = mx.zeros((dim, config.width(frequencies)))
         self.bias = mx.zeros((dim,))
 
-    def __call__(self, values: mx.array) -> mx.array:
+    def __call__(self, values: Any) -> mx.array:
         config = self.config
-        x = mx.clip(values, config.min, config.max)[:, None] - config.min
-        x = x / (config.max - config.min) if config.scale is None else x * config.scale
+        # by NumPy: on a GPU each operation on these few numbers takes as long as on a whole embedding
+        x = np.clip(_as_numpy(values).astype(np.float32), config.min, config.max)[:, None] - config.min
+        x = mx.array(x / (config.max - config.min) if config.scale is None else x * config.scale)
         angles = x * self.frequencies
         for constant in config.angle_constants:
             angles = angles * constant
@@ -180,20 +181,23 @@ class Conditioner(nn.Module):
             if id_ not in self.numbers:
                 raise InputError(f"this model has no number conditioner {id_!r}{nearest(id_, list(self.numbers))}")
         tokens, mask = self._encode_text(input_ids, attention_mask)
-        batch = tokens.shape[0]
-        encoded = {self.config.prompt.id: (tokens, mask)}
+        embedded = {}
         for id_, embedder in self.numbers.items():
             if id_ not in numbers:
                 raise InputError(f"this model also needs {id_}")
-            embedding = embedder(_as_numbers(id_, numbers[id_], batch))
-            encoded[id_] = embedding[:, None, :], np.ones((batch, 1), np.float32)
+            embedded[id_] = embedder(_as_numbers(id_, numbers[id_], len(mask)))
+        parts, masks = [], []
+        for id_ in self.config.cross_attention_ids:
+            parts += [embedded[id_][:, None]] if id_ in embedded else tokens
+            masks.append(np.ones((len(mask), 1), np.float32) if id_ in embedded else mask)
         return Conditioning(
-            cross_attention=mx.concatenate([encoded[id_][0] for id_ in self.config.cross_attention_ids], axis=1),
-            mask=mx.array(np.concatenate([encoded[id_][1] for id_ in self.config.cross_attention_ids], axis=1)),
-            global_cond=mx.concatenate([encoded[id_][0][:, 0] for id_ in self.config.global_ids], axis=-1),
+            cross_attention=mx.concatenate(parts, axis=1),
+            mask=mx.array(np.concatenate(masks, axis=1)),
+            global_cond=mx.concatenate([embedded[id_] for id_ in self.config.global_ids], axis=-1),
         )
 
-    def _encode_text(self, input_ids: Any, attention_mask: Any) -> tuple[mx.array, np.ndarray]:
+    def _encode_text(self, input_ids: Any, attention_mask: Any) -> tuple[list[mx.array], np.ndarray]:
+        """Tokens in one or two pieces, (B, `max_length`, D) together, zero where masked; and their mask."""
         prompt = self.config.prompt
         ids, mask = _as_numpy(input_ids), _as_numpy(attention_mask)
         if ids.ndim != 2 or ids.shape != mask.shape or not 1 <= ids.shape[1] <= prompt.encode_length or not ids.size:
@@ -208,14 +212,20 @@ class Conditioner(nn.Module):
         real = mask != 0
         # padding after the last real token changes nothing but the time it takes
         last = int(np.where(real, np.arange(1, ids.shape[1] + 1), 1).max())
-        real = real[:, :last].astype(np.float32)
-        states = self.t5(mx.array(ids[:, :last].astype(np.int32)), mx.array(real))[:, : prompt.max_length]
+        real = real[:, :last]
+        # most texts come alone, so that there is nothing to mask
+        attended = None if real.all() else mx.array(real.astype(np.float32))
+        states = self.t5(mx.array(ids[:, :last].astype(np.int32)), attended)[:, : prompt.max_length]
         if prompt.project_out:
             states = self.project_out(states)
-        real = real[:, : prompt.max_length]
-        missing = prompt.max_length - real.shape[1]
-        states = states * mx.array(real[..., None])
-        return mx.pad(states, ((0, 0), (0, missing), (0, 0))), np.pad(real, ((0, 0), (0, missing)))
+        if attended is not None:
+            states = states * attended[:, : prompt.max_length, None]
+        pieces, missing = [states], prompt.max_length - states.shape[1]
+        if missing:
+            pieces.append(mx.broadcast_to(mx.array(0.0), (len(ids), missing, states.shape[-1])))
+        mask = np.zeros((len(ids), prompt.max_length), np.float32)
+        mask[:, : states.shape[1]] = real[:, : prompt.max_length]
+        return pieces, mask
 
 
 def _as_numpy(values: Any) -> np.ndarray:
@@ -230,11 +240,11 @@ def _as_numpy(values: Any) -> np.ndarray:
     return np.asarray(found.astype(mx.float32) if found.dtype == mx.bfloat16 else found)
 
 
-def _as_numbers(id_: str, values: Any, batch: int) -> mx.array:
+def _as_numbers(id_: str, values: Any, batch: int) -> np.ndarray:
     with np.errstate(over="ignore"):  # beyond float32 is not finite, which is said below
         values = _as_numpy(values).astype(np.float32).reshape(-1)
     if values.size not in (1, batch):
         raise InputError(f"{id_} has {values.size} values for a batch of {batch}")
     if not np.isfinite(values).all():
         raise InputError(f"{id_} must be finite")
-    return mx.array(np.resize(values, batch))
+    return np.resize(values, batch)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from operator import is_not
 from typing import Any
 from weakref import proxy
 
@@ -13,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .dense import add_dense
+from .dense import add_dense, is_plain
 from .schema import Section, check, nearest
 
 # d_model, d_kv, d_ff, layers, heads, gated: the encoders that the reference knows by name
@@ -127,17 +128,37 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.d_model, inner, bias=False)
         self.value = nn.Linear(config.d_model, inner, bias=False)
         self.out = nn.Linear(inner, config.d_model, bias=False)
+        self._joined, self._joined_of = None, []  # underscored, so that they are no parameters
 
     def __call__(self, residual: mx.array, x: mx.array, bias: mx.array) -> mx.array:
-        """residual and x (B·L, D), bias (B, heads, L, L) → (B·L, D)"""
-        shape = len(bias), len(x) // len(bias), self.heads, -1
-        layers = self.query, self.key, self.value
-        q, k, v = (layer(x).reshape(shape).transpose(0, 2, 1, 3) for layer in layers)
+        """residual and x (B·L, D), bias (1, heads, B, L, L) → (B·L, D)"""
+        q, k, v = self._project(x, *bias.shape[2:4])
         # T5 has no 1/sqrt(d) here: its initialisation absorbs it. CUDA has no attention in one operation that takes
         # float32 and a bias, and what MLX does instead begins with a product by the scale
-        scores = mx.addmm(bias, q, k.swapaxes(2, 3))
+        scores = mx.addmm(bias, q, k.swapaxes(-1, -2))
         states = mx.softmax(scores, axis=-1, precise=True) @ v
-        return add_dense(residual, self.out, states.transpose(0, 2, 1, 3).reshape(len(x), -1))
+        return add_dense(residual, self.out, states.transpose(0, 2, 3, 1, 4).reshape(len(x), -1))
+
+    def _project(self, x: mx.array, batch: int, length: int) -> Sequence[mx.array]:
+        """(B·L, D) → queries, keys and values, each (1, heads, B, L, d), on a GPU by one product if not quantised."""
+        layers = self.query, self.key, self.value
+        if is_plain(*layers) and mx.default_device() == mx.gpu:
+            return mx.split((x @ self._join(layers)).reshape(3, self.heads, batch, length, -1), 3)
+        shape = 1, batch, length, self.heads, -1
+        return [layer(x).reshape(shape).transpose(0, 3, 1, 2, 4) for layer in layers]
+
+    def _join(self, layers: Sequence[nn.Linear]) -> mx.array:
+        """(3·heads, D, d); the layers' weights are views of it from then on, so that it takes no memory of its own."""
+        weights = [layer.weight for layer in layers]
+        if self._joined is None or any(map(is_not, weights, self._joined_of)):  # other weights than before, or none yet
+            joined = mx.concatenate(weights)
+            self._joined_of = mx.split(joined, 3)
+            self._joined = joined.reshape(3 * self.heads, -1, joined.shape[1]).swapaxes(1, 2)
+            # made now, lest it be part of a compiled function and made at each call
+            mx.async_eval(self._joined, self._joined_of)
+            for layer, weight in zip(layers, self._joined_of, strict=True):
+                layer.weight = weight
+        return self._joined
 
 
 class FeedForward(nn.Module):
@@ -187,8 +208,8 @@ class T5Encoder(nn.Module):
         """Has a GPU's encoder compiled from now on."""
         self.compiles = True
 
-    def __call__(self, input_ids: mx.array, attention_mask: mx.array) -> mx.array:
-        """ids (B, L) and mask (B, L), nonzero where a token is real → states (B, L, d_model).
+    def __call__(self, input_ids: mx.array, attention_mask: mx.array | None = None) -> mx.array:
+        """ids (B, L) and mask (B, L), nonzero where a token is real, None if all are → states (B, L, d_model).
 
         After `compile`, on a GPU, compiled at the first call of each shape, with the weights as they are then.
         """
@@ -200,11 +221,16 @@ class T5Encoder(nn.Module):
     def _compiled(self) -> Callable[..., mx.array]:
         return mx.compile(partial(T5Encoder._states, proxy(self)))  # a cycle would outlive the model
 
-    def _states(self, input_ids: mx.array, attention_mask: mx.array) -> mx.array:
-        buckets = mx.array(relative_buckets(input_ids.shape[1], self.config.num_buckets, self.config.max_distance))
-        bias = self.relative_bias(buckets).transpose(2, 0, 1)[None]
-        # finite, so that a row without any real token stays free of NaN
-        bias = bias + mx.where(attention_mask[:, None, None, :] != 0, 0.0, mx.finfo(mx.float32).min)
+    def _states(self, input_ids: mx.array, attention_mask: mx.array | None) -> mx.array:
+        batch, length = input_ids.shape
+        buckets = mx.array(relative_buckets(length, self.config.num_buckets, self.config.max_distance))
+        bias = self.relative_bias(buckets).transpose(2, 0, 1)[None, :, None]
+        if attention_mask is None:
+            # its memory in order: otherwise each layer's product copies it first
+            bias = mx.contiguous(mx.broadcast_to(bias, (1, bias.shape[1], batch, length, length)))
+        else:
+            # finite, so that a row without any real token stays free of NaN
+            bias = bias + mx.where(attention_mask[:, None, :] != 0, 0.0, mx.finfo(mx.float32).min)
         x = self.embedding(input_ids.flatten())
         for block in self.blocks:
             x = block(x, bias)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_audio_native.t5 import T5Config, T5Encoder, relative_buckets
 from mlx_audio_native.weights import load_parts, read_tensors
@@ -94,6 +94,45 @@ def test_the_form_for_a_gpu_gives_the_same_and_is_compiled_once(encoder, monkeyp
     assert len(compiled) == 1
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_without_a_mask_every_token_is_real(encoder, as_on_gpu, on_gpu):
+    t5, _ = encoder
+    ids = mx.array(np.random.default_rng(2).integers(0, t5.config.vocab_size, (2, 9)))
+    if on_gpu:
+        as_on_gpu()
+    assert mx.array_equal(t5(ids), t5(ids, mx.ones_like(ids)))
+
+
+def draw(t5: T5Encoder, seed: int) -> list[tuple[str, mx.array]]:
+    shapes = [(name, array.shape) for name, array in tree_flatten(t5.parameters())]
+    return [(name, mx.random.normal(shape, key=mx.random.key(seed)) / 16) for name, shape in shapes]
+
+
+def test_weights_that_are_joined_on_a_gpu_stay_parameters_and_are_joined_anew(as_on_gpu):
+    config, ids = T5Config(100, 32, 16, 48, 2, 2, False), mx.array([[5, 6, 7]])
+    t5 = T5Encoder(config)
+    weights = [draw(t5, seed) for seed in (0, 1)]
+    expected = [T5Encoder(config).load_weights(each)(ids) for each in weights]
+    mx.eval(expected)
+    as_on_gpu()
+    for each, states in zip(weights, expected, strict=True):
+        found = t5.load_weights(each)(ids)
+        assert mx.abs(found - states).max().item() <= TEXT_BOUND * max(1, mx.abs(states).max().item())
+        held = dict(tree_flatten(t5.parameters()))
+        assert held.keys() == dict(each).keys()
+        assert all(mx.array_equal(held[name], array) for name, array in each)
+
+
+def test_weights_that_are_joined_on_a_gpu_take_no_more_memory(as_on_gpu):
+    t5 = T5Encoder(T5Config(100, 256, 64, 64, 2, 4, False))
+    t5.load_weights(draw(t5, 0))
+    mx.eval(t5.parameters())
+    before = mx.get_active_memory()
+    as_on_gpu()
+    mx.eval(t5(mx.array([[5, 6, 7]])))
+    assert mx.get_active_memory() - before < t5.blocks[0].attention.key.weight.nbytes
+
+
 def test_an_encoder_that_was_compiled_for_a_gpu_is_freed(encoder, as_on_gpu):
     config = encoder[0].config
     t5 = T5Encoder(config)
@@ -105,8 +144,11 @@ def test_an_encoder_that_was_compiled_for_a_gpu_is_freed(encoder, as_on_gpu):
     assert gone() is None
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
-def test_quantised_blocks_equal_the_blocks_of_their_weights(gated):
+def test_quantised_blocks_equal_the_blocks_of_their_weights(gated, on_gpu, as_on_gpu):
+    if on_gpu:
+        as_on_gpu()
     t5 = T5Encoder(T5Config(100, 64, 32, 96, 2, 2, gated))
     ids, mask = mx.array([[5, 6, 7]]), mx.ones((1, 3))
     nn.quantize(t5, 32, 8, class_predicate=lambda path, _: path.startswith("blocks.") and "norm" not in path)
