@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +19,18 @@ def is_default() -> bool:
 def capability() -> int:
     """The major number of the GPU's compute capability."""
     return mx.device_info().get("compute_capability_major", 0)
+
+
+@cache
+def processors() -> int:
+    """How many streaming multiprocessors the GPU has, which MLX does not tell; 0 where the driver does not either."""
+    attribute, count = 16, ctypes.c_int()  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    failed = driver.cuDeviceGetAttribute(ctypes.byref(count), attribute, 0)
+    return 0 if failed else count.value
 
 
 @cache

@@ -164,8 +164,11 @@ class Attention(nn.Module):
 
     @property
     def by_kernels(self) -> bool:
-        fits = self.head_dim in (64, 128) and is_plain(self.to_out)
-        return self.compiles and fits and cuda_attention.usable(self.to_out.weight.dtype)
+        return self.compiles and cuda_attention.usable(self.to_out.weight.dtype, self.head_dim)
+
+
+def _kernel_norm(norm: nn.LayerNorm) -> cuda_attention.Norm:
+    return cuda_attention.Norm(norm.weight, norm.bias, norm.eps)
 
 
 def _periods(rotary_dim: int) -> np.ndarray:
@@ -174,10 +177,9 @@ def _periods(rotary_dim: int) -> np.ndarray:
 
 
 @cache
-def _rotation(length: int, rotary_dim: int) -> tuple[mx.array, mx.array]:
-    """Cosines and sines (length, rotary_dim / 2), float32."""
+def _rotation(length: int, rotary_dim: int) -> cuda_attention.Rotation:
     angles = np.arange(length, dtype=np.float32)[:, None] * (1 / _periods(rotary_dim))
-    return mx.array(np.cos(angles)), mx.array(np.sin(angles))
+    return cuda_attention.Rotation(mx.array(np.cos(angles)), mx.array(np.sin(angles)))
 
 
 class SelfAttention(Attention):
@@ -188,24 +190,24 @@ class SelfAttention(Attention):
         self.to_qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=False)
 
     def __call__(self, residual: mx.array, x: mx.array, batch: int) -> mx.array:
-        if self.by_kernels and is_plain(self.to_qkv):
-            return self._by_kernels(residual, x, batch)
+        if self.by_kernels:
+            qkv, length, width = self.to_qkv(x), len(x) // batch, residual.shape[1]
+            rotation = self.rotation(length)
+            qk = cuda_attention.prepare_heads(qkv, self.head_dim, length, self.kernel_norms(), rotation)
+            qk, v = (part.reshape(batch, length, -1) for part in (qk, qkv))
+            heads, starts = width // self.head_dim, (width, 2 * width)
+            states = cuda_attention.attention(qk, qk, v, self.head_dim, heads, heads, starts)
+            return add_dense(residual, self.to_out, states)
         q, k, v = mx.split(self.split_heads(self.to_qkv(x), batch).transpose(0, 2, 1, 3), 3, axis=1)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return self.attend(residual, self.rotate(q), self.rotate(k), v)
 
-    def _by_kernels(self, residual: mx.array, x: mx.array, batch: int) -> mx.array:
-        width, length = residual.shape[1], len(x) // batch
-        heads, dim = width // self.head_dim, self.head_dim
-        norms = None
-        if self.qk_norm:
-            norms = self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias
-        rotation = _rotation(length, self.rotary_dim)
-        qkv = cuda_attention.project_heads(x, self.to_qkv.weight, heads, length, norms, _QK_NORM_EPS, rotation)
-        qkv = qkv.reshape(batch, length, -1)
-        states = cuda_attention.attention(qkv, qkv, qkv, dim, heads, heads, (width, 2 * width))
-        return cuda_attention.project_onto(residual, states, self.to_out.weight)
+    def kernel_norms(self) -> tuple[cuda_attention.Norm | None, ...]:
+        return (_kernel_norm(self.q_norm), _kernel_norm(self.k_norm)) if self.qk_norm else (None, None)
+
+    def rotation(self, length: int) -> cuda_attention.Rotation:
+        return _rotation(length, self.rotary_dim)
 
     def rotate(self, x: mx.array) -> mx.array:
         return mx.fast.rope(x, self.rotary_dim, traditional=False, base=None, scale=1.0, offset=0, freqs=self._periods)
@@ -226,18 +228,17 @@ class CrossAttention(Attention):
 
     def __call__(self, residual: mx.array, x: mx.array, keys_values: tuple[mx.array, mx.array]) -> mx.array:
         batch = len(keys_values[0])
-        if keys_values[0].ndim == 3:
-            return self._by_kernels(residual, self.to_q(x).reshape(batch, len(x) // batch, -1), *keys_values)
         q = self.split_heads(self.to_q(x), batch)
         # normed before the heads change places: a norm wants its rows in order
         q = self.q_norm(q) if self.qk_norm else q
+        if keys_values[0].ndim == 3:
+            heads = q.shape[2], keys_values[0].shape[2] // self.head_dim
+            states = cuda_attention.attention(q.flatten(2), *keys_values, self.head_dim, *heads)
+            return add_dense(residual, self.to_out, states)
         return self.attend(residual, q.transpose(0, 2, 1, 3), *keys_values)
 
-    def _by_kernels(self, residual: mx.array, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        heads = (part.shape[2] // self.head_dim for part in (q, k))
-        norm = (self.q_norm.weight, self.q_norm.bias) if self.qk_norm else None
-        states = cuda_attention.attention(q, k, v, self.head_dim, *heads, (0, 0), norm, _QK_NORM_EPS)
-        return cuda_attention.project_onto(residual, states, self.to_out.weight)
+    def kernel_norm(self) -> cuda_attention.Norm | None:
+        return _kernel_norm(self.q_norm) if self.qk_norm else None
 
 
 class FeedForward(nn.Module):
@@ -248,9 +249,13 @@ class FeedForward(nn.Module):
         self.proj_in = nn.Linear(config.embed_dim, 2 * config.ff_dim)
         self.proj_out = nn.Linear(config.ff_dim, config.embed_dim)
 
-    def __call__(self, residual: mx.array, x: mx.array) -> mx.array:
+    def __call__(self, residual: mx.array, x: mx.array, biased: bool = False) -> mx.array:
+        """residual + the layers' of x; `biased` means that the last bias is in the residual already."""
         value, gate = mx.split(self.proj_in(x), 2, axis=-1)
-        return add_dense(residual, self.proj_out, value * silu(gate))
+        hidden = value * silu(gate)
+        if biased:
+            return mx.addmm(residual, hidden, self.proj_out.weight.T)
+        return add_dense(residual, self.proj_out, hidden)
 
 
 class Block(nn.Module):
@@ -265,10 +270,33 @@ class Block(nn.Module):
         self.ff_norm = nn.LayerNorm(config.embed_dim, config.norm_eps)
         self.ff = FeedForward(config)
 
-    def __call__(self, x: mx.array, keys_values: tuple[mx.array, mx.array]) -> mx.array:
+    def __call__(
+        self, x: mx.array, keys_values: tuple[mx.array, mx.array], arrivals: mx.array | None = None
+    ) -> mx.array:
+        """With `arrivals` by one kernel up to the feed-forward, see `cuda_attention.block`."""
+        if arrivals is not None:
+            return self.ff(*self._by_kernel(x, keys_values, arrivals), biased=True)
         x = self.self_attention(x, self.self_norm(x), len(keys_values[0]))
         x = self.cross_attention(x, self.cross_norm(x), keys_values)
         return self.ff(x, self.ff_norm(x))
+
+    @property
+    def by_one_kernel(self) -> bool:
+        own, cross = self.self_attention, self.cross_attention
+        plain = is_plain(own.to_qkv, own.to_out, cross.to_q, cross.to_out)
+        return own.by_kernels and plain and isinstance(self.ff.proj_out, nn.Linear)
+
+    def _by_kernel(
+        self, x: mx.array, keys_values: tuple[mx.array, mx.array], arrivals: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        own, cross = self.self_attention, self.cross_attention
+        layers = {"to_qkv": own.to_qkv, "self_out": own.to_out, "to_q": cross.to_q, "cross_out": cross.to_out}
+        weights = {name: layer.weight for name, layer in layers.items()} | {"ff_bias": self.ff.proj_out.bias}
+        norms = {"SELF_NORM": self.self_norm, "CROSS_NORM": self.cross_norm, "FF_NORM": self.ff_norm}
+        norms = {name: _kernel_norm(norm) for name, norm in norms.items()}
+        norms |= dict(zip(("Q_NORM", "K_NORM"), own.kernel_norms(), strict=True), CROSS_Q_NORM=cross.kernel_norm())
+        rotation = own.rotation(len(x) // len(keys_values[0]))
+        return cuda_attention.block(x, weights, norms, rotation, keys_values, own.head_dim, arrivals)
 
 
 class Embedder(nn.Module):
@@ -355,8 +383,10 @@ class DiT(nn.Module):
         x = self.project_in(add_dense(x, self.preprocess, x)).reshape(batch, -1, self.config.embed_dim)
         token = global_embed + self.embed_time(t)
         x = mx.concatenate([token[:, None, :], x], axis=1).flatten(0, 1)
+        joins = cuda_attention.is_small(x) and all(block.by_one_kernel for block in self.blocks)
+        arrivals = cuda_attention.arrivals(t) if joins else None
         for block, own in zip(self.blocks, keys_values, strict=True):
-            x = block(x, own)
+            x = block(x, own, arrivals)
         x = self.project_out(x.reshape(batch, -1, self.config.embed_dim)[:, 1:].flatten(0, 1))
         return add_dense(x, self.postprocess, x).reshape(latents.shape).astype(latents.dtype)
 

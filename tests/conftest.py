@@ -115,6 +115,7 @@ def cuda_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
             pytest.skip("needs an NVIDIA GPU, or Linux and g++")
         monkeypatch.setattr(cuda, "is_default", lambda: True)
         monkeypatch.setattr(cuda, "capability", lambda: 8)
+        monkeypatch.setattr(cuda, "processors", lambda: 3)
         build = cuda_on_cpu.build(tmp_path)
 
     def counted(name: str, *rest: Any, **more: Any) -> Callable[..., list[mx.array]]:

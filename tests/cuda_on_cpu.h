@@ -11,10 +11,12 @@
 
 struct Index { unsigned x, y; };
 Index threadIdx, blockIdx, blockDim, gridDim;
-ucontext_t home, fibres[1024];
-int current, alive, remaining;
+unsigned char* memory;
+ucontext_t home;
+std::vector<ucontext_t> fibres;
+int current, remaining;
 std::function<void()> kernel_call;
-void switch_warp();
+void enter(int fibre);
 
 struct Gate {
   int size = 32, here = 0, turn = 0;
@@ -23,59 +25,84 @@ struct Gate {
     if (++here == size) { here = 0; turn++; return; }
     while (turn == mine) {
       const int from = current;
-      threadIdx.x = current = (current + 1) % alive;
-      switch_warp();
+      enter((current + 1) % fibres.size());
       if (current != from) swapcontext(&fibres[from], &fibres[current]);
     }
   }
 };
 struct Warp { Gate gate; float number[32]; const void* row[32]; unsigned a[32][4], b[32][2]; };
-std::vector<std::unique_ptr<Warp>> warps;
+struct Threads {
+  Gate gate;
+  Index index;
+  std::vector<unsigned char> shared;
+  std::vector<std::unique_ptr<Warp>> warps;
+};
+std::vector<Threads> blocks;
+Threads* block;
 Warp* warp;
-Gate block_gate;
-void switch_warp() { warp = warps[current / 32].get(); }
+Gate gate_of_all;
 
 struct Copy { void* to; const void* from; bool there; };
-std::vector<Copy> copies[1024];
-std::deque<std::vector<Copy>> groups[1024];
+std::vector<std::vector<Copy>> copies;
+std::vector<std::deque<std::vector<Copy>>> groups;
+
+void enter(int fibre) {
+  current = fibre;
+  block = &blocks[fibre / blockDim.x];
+  blockIdx = block->index;
+  threadIdx.x = fibre % blockDim.x;
+  warp = block->warps[threadIdx.x / 32].get();
+  memory = block->shared.data() + (128 - (size_t)block->shared.data() % 128);
+}
 
 void fibre() {
   kernel_call();
-  block_gate.wait();
+  block->gate.wait();
   if (--remaining == 0) setcontext(&home);
   for (Gate never{1 << 30};;) never.wait();
 }
 
-void run_blocks(unsigned columns, unsigned rows, int threads, std::function<void()> call) {
+// All of them at a time, or one after the other.
+void run_blocks(unsigned columns, unsigned rows, int threads, int shared, bool together, std::function<void()> call) {
   constexpr size_t stack = 1 << 16;
-  std::vector<char> stacks(threads * stack);
+  const unsigned all = columns * rows, at_a_time = together ? all : 1;
+  std::vector<char> stacks(at_a_time * threads * stack);
   kernel_call = call;
   gridDim = {columns, rows};
   blockDim = {(unsigned)threads, 1};
-  block_gate.size = alive = threads;
-  for (int w = 0; w < (threads + 31) / 32; w++) warps.push_back(std::make_unique<Warp>());
-  for (unsigned b = 0; b < columns * rows; b++) {
-    blockIdx = {b % columns, b / columns};
-    remaining = threads;
-    for (int t = 0; t < threads; t++) {
-      copies[t].clear();
-      groups[t].clear();
-      getcontext(&fibres[t]);
-      fibres[t].uc_stack.ss_sp = stacks.data() + t * stack;
-      fibres[t].uc_stack.ss_size = stack;
-      makecontext(&fibres[t], fibre, 0);
+  blocks.resize(at_a_time);
+  fibres.resize(at_a_time * threads);
+  copies.resize(fibres.size());
+  groups.resize(fibres.size());
+  gate_of_all.size = fibres.size();
+  for (Threads& each : blocks) {
+    each.gate.size = threads;
+    each.shared.assign(shared + 128, 0xff);  // not a number wherever it is not written
+    for (int w = 0; w < (threads + 31) / 32; w++) each.warps.push_back(std::make_unique<Warp>());
+  }
+  for (unsigned first = 0; first < all; first += at_a_time) {
+    for (unsigned b = 0; b < at_a_time; b++) blocks[b].index = {(first + b) % columns, (first + b) / columns};
+    remaining = fibres.size();
+    for (size_t f = 0; f < fibres.size(); f++) {
+      copies[f].clear();
+      groups[f].clear();
+      getcontext(&fibres[f]);
+      fibres[f].uc_stack.ss_sp = stacks.data() + f * stack;
+      fibres[f].uc_stack.ss_size = stack;
+      makecontext(&fibres[f], fibre, 0);
     }
-    threadIdx.x = current = 0;
-    switch_warp();
+    enter(0);
     swapcontext(&home, &fibres[0]);
   }
 }
 
 #define __device__
-inline void __syncthreads() { block_gate.wait(); }
+#define __noinline__
+inline void __syncthreads() { block->gate.wait(); }
+inline void wait_for_all(const unsigned*) { gate_of_all.wait(); }
 inline float __sinf(float x) { return std::sin(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline int lane() { return current % 32; }
+inline int lane() { return threadIdx.x % 32; }
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   warp->number[lane()] = value;
   warp->gate.wait();
@@ -83,6 +110,7 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
   warp->gate.wait();
   return other;
 }
+inline void fetch_line(const void*) {}
 inline void copy_async(void* to, const void* from, bool there) { copies[current].push_back({to, from, there}); }
 inline void close_group() {
   groups[current].push_back(std::move(copies[current]));

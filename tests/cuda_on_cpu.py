@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_audio_native import cuda_attention
 
-TYPES = {mx.float16: "_Float16", mx.float32: "float"}
+TYPES = {mx.float16: "_Float16", mx.float32: "float", mx.uint32: "unsigned"}
 
 
 def build(folder: Path) -> Callable[..., Callable[..., list[mx.array]]]:
@@ -33,15 +33,13 @@ def build(folder: Path) -> Callable[..., Callable[..., list[mx.array]]]:
             ]
             blocks = [-(-size // group) for size, group in zip(grid, threadgroup, strict=True)]
             text = f"""#include "{Path(__file__).with_suffix(".h")}"
-unsigned char* memory;
 {header.removeprefix(cuda_attention._HARDWARE)}
 void kernel({", ".join(parameters)}) {{
 {chr(10).join(constants)}
 {source.replace("extern __shared__ __align__(128) unsigned char memory[];", "")}}}
 extern "C" void run(void** data, const int* shapes) {{
-  std::vector<unsigned char> shared({shared_memory} + 128, 0xff);  // not a number wherever it is not written
-  memory = shared.data() + (128 - (size_t)shared.data() % 128);
-  run_blocks({blocks[0]}, {blocks[1]}, {threadgroup[0]}, [&] {{ kernel({", ".join(given)}); }});
+  run_blocks({blocks[0]}, {blocks[1]}, {threadgroup[0]}, {shared_memory}, {str("wait_for_all" in source).lower()},
+             [&] {{ kernel({", ".join(given)}); }});
 }}
 """
             made = [

@@ -51,28 +51,39 @@ def check_dit(config: DiTConfig, batch: int, latents: int, tokens: int) -> None:
     assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < 2e-3
 
 
-def test_dit_by_kernels(cuda_kernels: list[str]) -> None:
+def test_few_rows_take_one_kernel(cuda_kernels: list[str]) -> None:
     check_dit(CONFIG, batch=2, latents=20, tokens=5)
-    assert cuda_kernels == ["project_heads", "attention", "project_onto", "attention", "project_onto"]
+    assert cuda_kernels == ["block"]
+
+
+def test_many_rows_take_the_library_and_attention(cuda_kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_attention, "_FEW_ROWS", 0)
+    check_dit(CONFIG, batch=2, latents=20, tokens=5)
+    assert cuda_kernels == ["prepare_heads", "attention", "attention"]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("few_rows", [0, 512])
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         {"qk_norm": False},
+        {"embed_dim": 192, "num_heads": 3, "cond_embed_dim": 64, "depth": 2},
         {"embed_dim": 256, "cond_embed_dim": 128},
         {"embed_dim": 256, "num_heads": 4, "cond_token_dim": 128, "cond_embed_dim": 128},
     ],
 )
 @pytest.mark.parametrize(("latents", "tokens"), [(63, 64), (64, 65), (130, 1)])
-def test_dit_of_other_sizes(cuda_kernels: list[str], changes: dict, latents: int, tokens: int) -> None:
-    check_dit(replace(CONFIG, **changes), batch=1, latents=latents, tokens=tokens)
-    assert len(cuda_kernels) == 5
-
-
-def test_many_rows_go_to_the_library(cuda_kernels: list[str]) -> None:
-    residual, x, weight = (mx.random.normal(shape).astype(mx.float16) for shape in ((1025, 64), (1025, 64), (64, 64)))
-    assert mx.array_equal(cuda_attention.project_onto(residual, x, weight), mx.addmm(residual, x, weight.T))
-    assert not cuda_kernels
+def test_dit_of_other_sizes(
+    cuda_kernels: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    few_rows: int,
+    changes: dict,
+    latents: int,
+    tokens: int,
+) -> None:
+    monkeypatch.setattr(cuda_attention, "_FEW_ROWS", few_rows)
+    config = replace(CONFIG, **changes)
+    check_dit(config, batch=1, latents=latents, tokens=tokens)
+    assert cuda_kernels == (["block"] if few_rows else ["prepare_heads", "attention", "attention"]) * config.depth
