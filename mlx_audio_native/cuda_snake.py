@@ -19,23 +19,28 @@ _SOURCE = """
   const unsigned int packs = gridDim.x * blockDim.x;
   const unsigned int index = blockIdx.x * blockDim.x + threadIdx.x;
   const unsigned int skipped = (unsigned int)x_shape[1] * width - packs;
-  const unsigned int channel = index % width * 8;
+  const unsigned int column = index % width;
   const size_t place = (size_t)blockIdx.y * packs + index;
   const Pack given = reinterpret_cast<const Pack*>(x)[place + (size_t)blockIdx.y * skipped + skipped / 2];
+  // loaded whole, too: one by one they are 24 loads a thread beside the arrays' two to four
+  const Pack frequencies = reinterpret_cast<const Pack*>(frequency)[column];
+  const Pack magnitudes = reinterpret_cast<const Pack*>(magnitude)[column];
   Pack other;
+  Pack shift;
   if (RESIDUAL) other = reinterpret_cast<const Pack*>(residual)[place];
+  if (BIAS) shift = reinterpret_cast<const Pack*>(bias)[column];
   Pack sum;
   Pack result;
   #pragma unroll
   for (int i = 0; i < 8; i++) {
     float s = static_cast<float>(given.v[i]);
-    if (BIAS) s += static_cast<float>(bias[channel + i]);
+    if (BIAS) s += static_cast<float>(shift.v[i]);
     if (RESIDUAL) s += static_cast<float>(other.v[i]);
     sum.v[i] = static_cast<T>(s);
     s = static_cast<float>(sum.v[i]);
-    const float angle = static_cast<float>(frequency[channel + i]) * s;
+    const float angle = static_cast<float>(frequencies.v[i]) * s;
     const float w = sizeof(T) == 4 ? sinf(angle) : __sinf(angle);  // its error is far below a half type's rounding
-    result.v[i] = static_cast<T>(s + static_cast<float>(magnitude[channel + i]) * w * w);
+    result.v[i] = static_cast<T>(s + static_cast<float>(magnitudes.v[i]) * w * w);
   }
   reinterpret_cast<Pack*>(out)[place] = result;
 """

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from math import ceil, prod
-from weakref import proxy
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import cuda, cuda_snake
+from . import cuda_snake
 from .convolution import Conv, Downsample, Upsample
 from .elementwise import sine
 from .errors import InputError
@@ -22,6 +21,10 @@ _DILATIONS = (1, 3, 9)
 _KERNEL = 7
 _AT_ONCE = 2**19  # audio frames to decode at a time: 256 latent frames of stable-audio-open, the small one's window
 _LARGEST = 2**30  # bytes of the largest array in decoding: 8 such windows in half precision; more clips are in groups
+_HANDED_OVER = 2**27  # bytes that pieces of decoding return until they are evaluated; whole short clips return less
+
+# takes the arrays that the one before it returned
+Piece = Callable[..., tuple[mx.array, ...]]
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,8 @@ class Sequence(nn.Module):
 
 
 class ResidualUnit(Sequence):
+    """Two halves, which pass each other what is convolved and what is added at the end."""
+
     def __init__(self, config: OobleckConfig, channels: int, dilation: int) -> None:
         super().__init__(
             _activation(config, channels),
@@ -233,7 +238,30 @@ class ResidualUnit(Sequence):
         )
 
     def __call__(self, x: mx.array) -> mx.array:
-        return x + super().__call__(x)
+        (x,) = self.end(*self.begin(x))
+        return x
+
+    def begin(self, x: mx.array) -> tuple[mx.array, ...]:
+        outer, dilated, _, _ = self.layers
+        return dilated(outer(x)), x
+
+    def end(self, y: mx.array, x: mx.array) -> tuple[mx.array, ...]:
+        _, _, inner, dense = self.layers
+        return (x + dense(inner(y)),)
+
+    def begin_joined(
+        self, bias: mx.array, skip: int, y: mx.array, kept: mx.array | None = None
+    ) -> tuple[mx.array, ...]:
+        """As `begin` of the sum of y, bias and kept, but the convolution's bias waits for the next snake."""
+        outer, dilated, _, _ = self.layers
+        kept, y = outer.joined(y, bias, kept, keep=True, skip=skip)
+        return dilated.without_bias(y), kept
+
+    def end_joined(self, y: mx.array, kept: mx.array) -> tuple[mx.array, ...]:
+        """As `end`, but sum and bias wait for the next snake."""
+        _, dilated, inner, dense = self.layers
+        _, y = inner.joined(y, dilated.bias)
+        return dense.without_bias(y), kept
 
 
 class Encoder(Sequence):
@@ -262,29 +290,62 @@ class Decoder(Sequence):
         self.final_tanh, self.use_snake, self.compiles = config.final_tanh, config.use_snake, False
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = self._joined(x) if self.joins else super().__call__(x)
-        return mx.tanh(x) if self.final_tanh else x
+        state = (x,)
+        for piece in self.pieces():
+            state = piece(*state)
+        return state[0]
 
     @property
     def joins(self) -> bool:
         """Whether biases and residual sums are joined with the snakes after them."""
-        return self.compiles and self.use_snake and cuda.is_default()
+        return self.compiles and self.use_snake and mx.default_device() == mx.gpu
 
-    def _joined(self, x: mx.array) -> mx.array:
-        """As the layers one by one, but a convolution's bias and a unit's sum wait for the next snake."""
-        first, *stages, last_snake, last = self.layers
-        y, bias, kept = first.without_bias(x), first.bias, None
+    def pieces(self) -> Iterator[Piece]:
+        """The decoder as functions to call in turn, from latents to audio: a stage's start, a half of a unit."""
+        first, *stages, snake, last = self.layers
+        ending = [last, mx.tanh] if self.final_tanh else [last]
+        if self.joins:
+            yield from self._joined_pieces(first, stages, snake, ending)
+            return
+        yield partial(_through, [first])
+        for stage in stages:
+            activation, up, *units = stage.layers
+            yield partial(_through, [activation, up])
+            for unit in units:
+                yield from (unit.begin, unit.end)
+        yield partial(_through, [snake, *ending])
+
+    def _joined_pieces(
+        self, first: Conv, stages: list[Sequence], last_snake: Snake, ending: list[Callable[[mx.array], mx.array]]
+    ) -> Iterator[Piece]:
+        """The same, but a convolution's bias and a unit's sum wait for the next snake, maybe in the next piece."""
+        yield partial(_through, [first.without_bias])
+        bias = first.bias
         for stage in stages:
             snake, up, *units = stage.layers
-            _, y = snake.joined(y, bias, kept)
-            y, bias, kept, skip = up.without_bias(y), up.bias, None, up.padding
+            yield partial(_through_joined, snake, [up.without_bias], bias)
+            bias, skip = up.bias, up.padding
             for unit in units:
-                outer, dilated, inner, dense = unit.layers
-                kept, y = outer.joined(y, bias, kept, keep=True, skip=skip)
-                _, y = inner.joined(dilated.without_bias(y), dilated.bias)
-                y, bias, skip = dense.without_bias(y), dense.bias, 0
-        _, y = last_snake.joined(y, bias, kept)
-        return last(y)
+                yield from (partial(unit.begin_joined, bias, skip), unit.end_joined)
+                bias, skip = unit.layers[-1].bias, 0
+        yield partial(_through_joined, last_snake, ending, bias)
+
+
+def _through(layers: list[Callable[[mx.array], mx.array]], x: mx.array) -> tuple[mx.array, ...]:
+    for layer in layers:
+        x = layer(x)
+    return (x,)
+
+
+def _through_joined(
+    snake: Snake,
+    layers: list[Callable[[mx.array], mx.array]],
+    bias: mx.array,
+    y: mx.array,
+    kept: mx.array | None = None,
+) -> tuple[mx.array, ...]:
+    """The snake of the sum of y, bias and kept, and the layers after it."""
+    return _through(layers, snake.joined(y, bias, kept)[1])
 
 
 class Autoencoder(nn.Module):
@@ -324,25 +385,43 @@ class Autoencoder(nn.Module):
         return mx.concatenate(groups)
 
     def _evaluated(self, latents: mx.array, kept: slice) -> mx.array:
-        audio = mx.contiguous(self.decode_whole(latents)[:, kept])
+        """Some pieces at a time, handed over while those before are computed: MLX takes memory for all that it has."""
+        begun, size = (), 0
+        for state in self._states(latents):
+            size += sum(array.nbytes for array in state)
+            if size >= _HANDED_OVER:
+                mx.async_eval(state)
+                mx.eval(begun)
+                begun, size = state, 0
+        audio = mx.contiguous(state[0][:, kept])
         mx.eval(audio)
         return audio
 
     def decode_whole(self, latents: mx.array) -> mx.array:
-        """As `decode` of latents that it accepts, in one piece and not evaluated.
+        """As `decode` of latents that it accepts, in one piece and not evaluated."""
+        *_, (audio,) = self._states(latents)
+        return audio
+
+    def _states(self, latents: mx.array) -> Iterator[tuple[mx.array, ...]]:
+        """What each piece of decoding returns, not evaluated; the last one returns the audio alone.
 
         After `compile`, on a GPU, compiled at the first call of each shape, with the weights as they are then.
         """
         compiled = self.decoder.compiles and mx.default_device() == mx.gpu
-        return self._compiled(latents) if compiled else self._decode(latents)
+        state = (latents,)
+        for piece in self._compiled if compiled else self._pieces():
+            state = piece(*state)
+            yield state
 
     @cached_property
-    def _compiled(self) -> Callable[[mx.array], mx.array]:
-        return mx.compile(partial(Autoencoder._decode, proxy(self)))  # a cycle would outlive the model
+    def _compiled(self) -> list[Piece]:
+        return [mx.compile(piece) for piece in self._pieces()]
 
-    def _decode(self, latents: mx.array) -> mx.array:
-        audio = self.decoder((latents * self.config.scale).astype(self.dtype)).astype(mx.float32)
-        return mx.tanh(audio) if self.config.soft_clip else audio
+    def _pieces(self) -> Iterator[Piece]:
+        """None of them holds this module, so that it is freed together with what is compiled."""
+        yield partial(_scaled, self.config.scale, self.dtype)
+        yield from self.decoder.pieces()
+        yield partial(_finished, self.config.soft_clip)
 
     def encode(self, audio: mx.array, key: mx.array | None = None) -> mx.array:
         """Latents in float32: the means, or with a key a draw from N(mean, (softplus(scale) + 1e-4)²).
@@ -361,3 +440,12 @@ class Autoencoder(nn.Module):
                 deviation = nn.softplus(scale) + 1e-4
                 latents = latents + deviation * mx.random.normal(latents.shape, key=key)
         return latents / self.config.scale
+
+
+def _scaled(scale: float, dtype: mx.Dtype, latents: mx.array) -> tuple[mx.array, ...]:
+    return ((latents * scale).astype(dtype),)
+
+
+def _finished(soft_clip: bool, audio: mx.array) -> tuple[mx.array, ...]:
+    audio = audio.astype(mx.float32)
+    return (mx.tanh(audio) if soft_clip else audio,)

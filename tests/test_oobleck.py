@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +16,7 @@ from mlx_audio_native import cuda_snake
 from mlx_audio_native.config import ModelConfig, read_config_json
 from mlx_audio_native.convolution import Conv, Downsample, Upsample, convolve_by_phases, upsampling_taps
 from mlx_audio_native.errors import InputError, WeightsError
-from mlx_audio_native.oobleck import _LARGEST, Autoencoder, OobleckConfig
+from mlx_audio_native.oobleck import _HANDED_OVER, _LARGEST, Autoencoder, OobleckConfig
 from mlx_audio_native.releases import SMALL, release_config
 from mlx_audio_native.weights import load_parts, read_tensors, save
 
@@ -193,7 +194,7 @@ def test_convolutions_of_other_devices_give_the_same(model, monkeypatch, as_on_g
     monkeypatch.setattr(cuda_snake, "snake", cuda_snake.plain_snake)
     monkeypatch.setattr("mlx_audio_native.convolution._BY_PHASES", 1)
     monkeypatch.setattr(autoencoder.decoder, "compiles", True)
-    assert autoencoder.decoder.joins == (cuda and autoencoder.config.decoder.use_snake)
+    assert autoencoder.decoder.joins == autoencoder.config.decoder.use_snake
     runs.append((autoencoder.decode(mx.array(latents)), autoencoder.encode(mx.array(audio))))
     for products, convolutions in zip(*runs, strict=True):
         assert close(convolutions, np.array(products, np.float64))
@@ -281,14 +282,65 @@ def test_groups_of_a_batch_decode_to_the_whole(model, monkeypatch):
     autoencoder, _ = model
     latents = mx.array(normal(5, (7, 5, 8))[0])
     whole = autoencoder.decode(latents)
-    sizes, decode = [], autoencoder.decode_whole
-    monkeypatch.setattr(autoencoder, "decode_whole", lambda part: sizes.append(len(part)) or decode(part))
+    sizes, decode = [], autoencoder._states
+    monkeypatch.setattr(autoencoder, "_states", lambda part: sizes.append(len(part)) or decode(part))
     for most, expected in ((7, [7]), (6, [4, 3]), (3, [3, 3, 1]), (1, [1] * 7), (0.5, [1] * 7)):
         bound = int(most * 4 * autoencoder.config.largest(5))
         monkeypatch.setattr("mlx_audio_native.oobleck._LARGEST", bound)
         sizes.clear()
         assert close(autoencoder.decode(latents), np.array(whole, np.float64))
         assert sizes == expected
+
+
+@pytest.fixture
+def handed_over(monkeypatch) -> list[list[ref]]:
+    """The arrays of each mx.async_eval, by weak references."""
+    found, evaluate = [], mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda state: found.append([*map(ref, state)]) or evaluate(state))
+    return found
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_pieces_decode_to_the_whole(model, monkeypatch, as_on_gpu, handed_over, on_gpu):
+    """To the last bit: whether all are evaluated at once, some at a time or each by itself."""
+    autoencoder, _ = model
+    if on_gpu:
+        as_on_gpu()
+        monkeypatch.setattr(autoencoder.decoder, "compiles", True)
+    latents = mx.array(normal(6, (2, 5, 8))[0])
+    whole, sizes = autoencoder.decode_whole(latents), []
+    stages = len(autoencoder.config.decoder.strides)
+    for bound in (2**40, 2**13, 1):
+        monkeypatch.setattr("mlx_audio_native.oobleck._HANDED_OVER", bound)
+        handed_over.clear()
+        assert mx.array_equal(autoencoder.decode(latents), whole)
+        sizes.append(len(handed_over))
+    assert sizes[0] == 0 < sizes[1] < sizes[2] == 4 + 7 * stages
+
+
+def test_no_more_than_two_pieces_are_held(model, monkeypatch, handed_over):
+    """What a piece returned is let go of as soon as the one after the next is handed over."""
+    autoencoder, _ = model
+    latents, most = mx.array(normal(7, (2, 5, 8))[0]), 0
+    monkeypatch.setattr("mlx_audio_native.oobleck._HANDED_OVER", 1)
+    decode = autoencoder._states
+
+    def states(part):
+        nonlocal most
+        for state in decode(part):
+            most = max(most, sum(any(array() is not None for array in arrays) for arrays in handed_over))
+            yield state
+
+    monkeypatch.setattr(autoencoder, "_states", states)
+    autoencoder.decode(latents)
+    assert most == 2
+    assert not any(array() for arrays in handed_over[:-2] for array in arrays)
+
+
+def test_the_small_release_is_evaluated_by_halves_at_its_full_rate():
+    """In half precision, where any piece of the last stage returns as much."""
+    config = ModelConfig.from_dict(release_config(SMALL), ["autoencoder"]).autoencoder
+    assert 2 * config.decoded_frames(256) * config.decoder.widths[0] == _HANDED_OVER
 
 
 def test_the_small_release_decodes_eight_windows_at_once():
