@@ -23,14 +23,13 @@ def capability() -> int:
 
 @cache
 def processors() -> int:
-    """How many streaming multiprocessors the GPU has, which MLX does not tell; 0 where the driver does not either."""
-    attribute, count = 16, ctypes.c_int()  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+    """How many streaming multiprocessors the GPU has, which MLX does not pass on; 0 if the driver does not tell."""
+    attribute, value = 16, ctypes.c_int()  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
+        failed = ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(value), attribute, 0)
     except OSError:
         return 0
-    failed = driver.cuDeviceGetAttribute(ctypes.byref(count), attribute, 0)
-    return 0 if failed else count.value
+    return 0 if failed else value.value
 
 
 @cache

@@ -1,4 +1,4 @@
-"""A block's attention in half precision on the tensor cores of an NVIDIA GPU.
+"""The DiT's blocks in half precision on the tensor cores of an NVIDIA GPU.
 
 MLX hands each operation to the GPU at a price of 3 to 15 µs, so that at batch 1 a step of many small operations waits
 for the host. Hence one kernel for all that comes before a block's feed-forward, its blocks of threads waiting for each
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -16,7 +18,6 @@ import mlx.core as mx
 from . import cuda
 
 _FEW_ROWS = 512  # from which on the library's products are the faster ones
-_THREADS = 256
 
 # Fragments of mma.m16n8k16, of a lane l: A holds rows l/4 and l/4 + 8, B column l/4, sums rows l/4, l/4 + 8 and
 # columns 2·(l%4), + 1. Tiles in shared memory are rows of 16-byte chunks, chunk c of row r at c ^ (r % 8): no two
@@ -44,7 +45,6 @@ __device__ inline void wait_for_all(const unsigned int* arrivals) {
   }
   __syncthreads();
 }
-__device__ inline void fetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 template <int OPEN>
 __device__ inline void wait_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory"); }
 __device__ inline void load_fragments(unsigned int (&r)[4], const void* row) {
@@ -87,240 +87,250 @@ __device__ inline float warp_sum(float s) {
 }
 """
 
-# What blocks of 256 threads do together; `memory` is their shared memory. Functions of their own where they are called
+# What blocks of WARPS warps do together; `memory` is their shared memory. Functions of their own where they are called
 # more than once: code that comes by for the first time takes longer to fetch than to run.
 _PARTS = """
-constexpr int WARPS = 8;
-
-template <typename T>
-struct alignas(16) Eight { T of[8]; };
+template <typename T, int COUNT>
+struct alignas(COUNT * sizeof(T)) Some { T of[COUNT]; };
 template <typename T>
 struct Norm { const T* gain; const T* shift; float eps; };
 
-// Numbers on their way into the L2 cache.
-template <typename T>
-__device__ void fetch(const T* from, long long count) {
-  const long long line = 128 / sizeof(T);
-  for (long long i = blockIdx.x * blockDim.x + threadIdx.x; i * line < count; i += gridDim.x * blockDim.x)
-    fetch_line(from + i * line);
+template <typename T, int COUNT>
+__device__ inline Some<T, COUNT> load(const T* from) { return *reinterpret_cast<const Some<T, COUNT>*>(from); }
+// COUNT neighbours, more of them added to some, at most 16 bytes a load.
+template <int COUNT, typename T>
+__device__ inline void add(float (&sums)[COUNT], const T* x) {
+  constexpr int EACH = COUNT * sizeof(T) > 16 ? 16 / sizeof(T) : COUNT;
+  #pragma unroll
+  for (int i = 0; i < COUNT; i += EACH) {
+    const Some<T, EACH> some = load<T, EACH>(x + i);
+    #pragma unroll
+    for (int e = 0; e < EACH; e++) sums[i + e] += static_cast<float>(some.of[e]);
+  }
 }
 
-// The rows of x, C numbers each, normed by a warp each; to x is then added what there is to add.
-template <typename T, int C>
-__device__ __noinline__ void norm_rows(T* x, Norm<T> norm, T* out, int rows, const T* added) {
-  constexpr int PARTS = (C / 8 + 31) / 32;
+// The sum of x, PARTS parts and a bias, if there is one, as `sum`, and normed as `out`: rows of C numbers, a warp each.
+template <typename T, int C, int PARTS>
+__device__ __noinline__ void norm_rows(const T* x, const float* parts, const T* bias, Norm<T> norm, T* sum, T* out,
+                                       int rows) {
+  constexpr int CHUNKS = (C / 8 + 31) / 32;
   const int lane = threadIdx.x & 31;
   for (int row = threadIdx.x / 32 * gridDim.x + blockIdx.x; row < rows; row += WARPS * gridDim.x) {
-    Eight<T> given[PARTS];
-    float numbers[PARTS][8];
-    float sum = 0.0f;
+    const long long start = (long long)row * C;
+    float numbers[CHUNKS][8] = {};
+    float total = 0.0f;
     #pragma unroll
-    for (int i = 0; i < PARTS; i++) {
-      const int chunk = lane + 32 * i;
-      if (chunk < C / 8) {
-        given[i] = *reinterpret_cast<const Eight<T>*>(x + (long long)row * C + chunk * 8);
+    for (int i = 0; i < CHUNKS; i++) {
+      const int at = (lane + 32 * i) * 8;
+      if (at < C) {
+        add<8>(numbers[i], x + start + at);
         #pragma unroll
-        for (int e = 0; e < 8; e++) sum += numbers[i][e] = static_cast<float>(given[i].of[e]);
+        for (int part = 0; part < PARTS; part++) add<8>(numbers[i], parts + (long long)part * rows * C + start + at);
+        if (bias) add<8>(numbers[i], bias + at);
       }
     }
-    const float mean = warp_sum(sum) / C;
+    #pragma unroll
+    for (int i = 0; i < CHUNKS; i++)
+      #pragma unroll
+      for (int e = 0; e < 8; e++) total += numbers[i][e];
+    const float mean = warp_sum(total) / C;
     float spread = 0.0f;
     #pragma unroll
-    for (int i = 0; i < PARTS; i++) {
+    for (int i = 0; i < CHUNKS; i++) {
       #pragma unroll
       for (int e = 0; e < 8; e++)
-        if (lane + 32 * i < C / 8) spread += (numbers[i][e] - mean) * (numbers[i][e] - mean);
+        if ((lane + 32 * i) * 8 < C) spread += (numbers[i][e] - mean) * (numbers[i][e] - mean);
     }
     const float factor = rsqrtf(warp_sum(spread) / C + norm.eps);
     #pragma unroll
-    for (int i = 0; i < PARTS; i++) {
-      const int chunk = lane + 32 * i;
-      if (chunk < C / 8) {
-        const Eight<T> gain = *reinterpret_cast<const Eight<T>*>(norm.gain + chunk * 8);
-        const Eight<T> shift = *reinterpret_cast<const Eight<T>*>(norm.shift + chunk * 8);
-        Eight<T> made;
+    for (int i = 0; i < CHUNKS; i++) {
+      const int at = (lane + 32 * i) * 8;
+      if (at < C) {
+        const Some<T, 8> gain = load<T, 8>(norm.gain + at);
+        const Some<T, 8> shift = load<T, 8>(norm.shift + at);
+        Some<T, 8> made, kept;
         #pragma unroll
         for (int e = 0; e < 8; e++) {
           const float number = (numbers[i][e] - mean) * factor;
           made.of[e] = static_cast<T>(number * static_cast<float>(gain.of[e]) + static_cast<float>(shift.of[e]));
+          kept.of[e] = static_cast<T>(numbers[i][e]);
         }
-        *reinterpret_cast<Eight<T>*>(out + (long long)row * C + chunk * 8) = made;
-        if (added) {
-          const Eight<T> more = *reinterpret_cast<const Eight<T>*>(added + chunk * 8);
-          #pragma unroll
-          for (int e = 0; e < 8; e++) made.of[e] = static_cast<T>(numbers[i][e] + static_cast<float>(more.of[e]));
-          *reinterpret_cast<Eight<T>*>(x + (long long)row * C + chunk * 8) = made;
-        }
+        *reinterpret_cast<Some<T, 8>*>(out + start + at) = made;
+        *reinterpret_cast<Some<T, 8>*>(sum + start + at) = kept;
       }
     }
   }
 }
 
-// The heads of D numbers that a row of x begins with, a warp each: queries, then as many keys if there is a norm or a
-// rotation for them, normed and rotated in their first half. Rows of `out` hold `out_row` numbers.
-template <typename T, int D>
-__device__ __noinline__ void prepare_heads(const T* x, int x_row, T* out, int out_row, int rows, int length, int heads,
+// The heads of D numbers that a row of x begins with, by 8 lanes each: `heads` of queries, as many of keys, the rest of
+// values. Queries and keys are normed if there is a norm, and rotated in their first half if there is a rotation.
+template <typename T, int D, int PARTS, typename X>
+__device__ __noinline__ void prepare_heads(const X* x, int x_row, T* out, int out_row, int rows, int length, int heads,
                                            int all_heads, Norm<T> q_norm, Norm<T> k_norm, const float* cosine,
                                            const float* sine) {
-  constexpr int EACH = D / 32;
-  const int lane = threadIdx.x & 31;
-  for (int i = threadIdx.x / 32 * gridDim.x + blockIdx.x; i < rows * all_heads; i += WARPS * gridDim.x) {
-    const int row = i / all_heads;
-    const int head = i % all_heads;
-    const Norm<T> norm = head < heads ? q_norm : k_norm;
-    const T* from = x + (long long)row * x_row + head * D + lane * EACH;
-    float numbers[EACH];
+  constexpr int EACH = D / 8;
+  const int lane = threadIdx.x & 7;
+  const int count = rows * all_heads;
+  // what is beyond the end is computed once more, since warps add up together
+  for (int i = (blockIdx.x * WARPS * 32 + threadIdx.x) / 32 * 4; i < count; i += gridDim.x * WARPS * 4) {
+    const int own = min(i + (int)(threadIdx.x / 8 & 3), count - 1);
+    const int row = own / all_heads;
+    const int at = own % all_heads * D + lane * EACH;
+    const int kind = own % all_heads / heads;
+    float numbers[EACH] = {};
+    #pragma unroll
+    for (int part = 0; part < PARTS; part++) add<EACH>(numbers, x + ((long long)part * rows + row) * x_row + at);
+    auto sum_all = [](float s) { return quad_sum(s) + __shfl_xor_sync(0xffffffffu, quad_sum(s), 4); };
     float sum = 0.0f;
     #pragma unroll
-    for (int e = 0; e < EACH; e++) sum += numbers[e] = static_cast<float>(from[e]);
+    for (int e = 0; e < EACH; e++) sum += numbers[e];
+    const float mean = sum_all(sum) / D;
+    float spread = 0.0f;
+    #pragma unroll
+    for (int e = 0; e < EACH; e++) spread += (numbers[e] - mean) * (numbers[e] - mean);
+    const float square = sum_all(spread) / D;
+    const Norm<T> norm = kind == 0 ? q_norm : kind == 1 ? k_norm : Norm<T>{};
     if (norm.gain) {
-      const float mean = warp_sum(sum) / D;
-      float spread = 0.0f;
-      #pragma unroll
-      for (int e = 0; e < EACH; e++) spread += (numbers[e] - mean) * (numbers[e] - mean);
-      const float factor = rsqrtf(warp_sum(spread) / D + norm.eps);
+      const float factor = rsqrtf(square + norm.eps);
+      const Some<T, EACH> gain = load<T, EACH>(norm.gain + lane * EACH);
+      const Some<T, EACH> shift = load<T, EACH>(norm.shift + lane * EACH);
       #pragma unroll
       for (int e = 0; e < EACH; e++) {
-        const float gain = static_cast<float>(norm.gain[lane * EACH + e]);
-        numbers[e] = (numbers[e] - mean) * factor * gain + static_cast<float>(norm.shift[lane * EACH + e]);
+        const float number = (numbers[e] - mean) * factor;
+        numbers[e] = number * static_cast<float>(gain.of[e]) + static_cast<float>(shift.of[e]);
       }
     }
     if (cosine) {
-      // the rotated half is that of the first 16 lanes, of which the second 8 hold what is turned with the first 8
-      const int place = row % length * (D / 4) + (lane & 7) * EACH;
+      // the first 4 lanes hold the rotated half, the second 2 of them what is turned with the first 2
+      const int place = row % length * (D / 4) + (lane & 1) * EACH;
       #pragma unroll
       for (int e = 0; e < EACH; e++) {
-        const float other = __shfl_xor_sync(0xffffffffu, numbers[e], 8);
-        const float across = sine[place + e] * (lane & 8 ? other : -other);
-        if (lane < 16) numbers[e] = numbers[e] * cosine[place + e] + across;
+        const float other = __shfl_xor_sync(0xffffffffu, numbers[e], 2);
+        const float across = sine[place + e] * (lane & 2 ? other : -other);
+        if (lane < 4 && kind < 2) numbers[e] = numbers[e] * cosine[place + e] + across;
       }
     }
+    Some<T, EACH> made;
     #pragma unroll
-    for (int e = 0; e < EACH; e++) out[(long long)row * out_row + head * D + lane * EACH + e] = static_cast<T>(numbers[e]);
+    for (int e = 0; e < EACH; e++) made.of[e] = static_cast<T>(numbers[e]);
+    *reinterpret_cast<Some<T, EACH>*>(out + (long long)row * out_row + at) = made;
   }
 }
 
-// x (rows, C) times w (N, C) transposed, onto a residual if there is one. Tiles of BM rows and BN columns are made by
-// GROUPS groups of ROWS_OF_WARPS x COLUMNS_OF_WARPS warps, which share 64 channels at a time, STAGES under way.
-// All blocks wait for each other, since x is made by all; meanwhile the first weights come.
-template <typename T, int C, int N, int BM, int BN, int ROWS_OF_WARPS, int COLUMNS_OF_WARPS>
-__device__ __noinline__ void product(const T* x, const T* w, const T* residual, T* out, int rows, void* memory,
-                                     const unsigned int* arrivals) {
+// Rows of x, of 2 * width numbers: the first half times SiLU of the second.
+template <typename T>
+__device__ __noinline__ void gate_rows(const T* x, T* out, int rows, int width) {
+  const long long count = (long long)rows * width / 8;
+  for (long long i = blockIdx.x * WARPS * 32 + threadIdx.x; i < count; i += gridDim.x * WARPS * 32) {
+    const T* from = x + i * 8 / width * width + i * 8;
+    const Some<T, 8> value = load<T, 8>(from);
+    const Some<T, 8> gate = load<T, 8>(from + width);
+    Some<T, 8> made;
+    #pragma unroll
+    for (int e = 0; e < 8; e++) {
+      const float g = static_cast<float>(gate.of[e]);
+      made.of[e] = static_cast<T>(static_cast<float>(value.of[e]) * g / (1.0f + exp2f(-1.44269504f * g)));
+    }
+    *reinterpret_cast<Some<T, 8>*>(out + i * 8) = made;
+  }
+}
+
+// x (rows, C) times w (columns, C) transposed, in sums (parts, rows, columns) over as many parts of C, each by tiles of
+// 64 rows and 128 columns, 32 of each a warp. 64 channels at a time come in, STAGES of them under way.
+// All blocks wait for each other first, since all have made x; meanwhile the first weights come.
+template <typename T>
+__device__ __noinline__ void product(const T* x, const T* w, float* out, int rows, int C, int columns, int parts,
+                                     void* memory, const unsigned int* arrivals) {
+  constexpr int BM = 64;
+  constexpr int BN = 128;
   constexpr int STAGES = 4;
-  constexpr int GROUP = 32 * ROWS_OF_WARPS * COLUMNS_OF_WARPS;
-  constexpr int GROUPS = 32 * WARPS / GROUP;
-  constexpr int LOAD_ROWS = 4 * WARPS;
-  constexpr int MT = BM / ROWS_OF_WARPS / 16;
-  constexpr int NT = BN / COLUMNS_OF_WARPS / 8;
-  constexpr int STAGE = (BM + BN) * 64;
-  constexpr int BLOCKS = C / 64;
   T* stages = reinterpret_cast<T*>(memory);
   const int thread = threadIdx.x;
   const int lane = thread & 31;
-  const int group = thread / GROUP;
-  const int warp_row = thread / 32 % ROWS_OF_WARPS * (16 * MT);
-  const int warp_column = thread % GROUP / 32 / ROWS_OF_WARPS * (8 * NT);
+  const int warp_row = thread / 32 % 2 * 32;
+  const int warp_column = thread / 64 * 32;
   const int row_blocks = (rows + BM - 1) / BM;
-  const int tiles = row_blocks * (N / BN);
-  auto load = [&](const T* from, T* to, int lines, int first, int most, int block) {
+  const int tiles = row_blocks * ((columns + BN - 1) / BN);
+  auto load_lines = [&](const T* from, T* to, int lines, int first, int most, int block) {
     #pragma unroll
-    for (int i = 0; i < lines / LOAD_ROWS; i++) {
-      const int r = thread / 8 + i * LOAD_ROWS;
+    for (int i = 0; i < lines / 32; i++) {
+      const int r = thread / 8 + i * 32;
       const bool there = first + r < most;
       const T* at = from + (there ? (long long)(first + r) * C : 0) + block * 64 + (thread & 7) * 8;
       copy_async(to + r * 64 + ((thread ^ r) & 7) * 8, at, there);
     }
   };
-  auto load_x = [&](int tile, int block) {
-    load(x, stages + block % STAGES * STAGE, BM, tile % row_blocks * BM, rows, block);
-  };
-  auto load_w = [&](int tile, int block) {
-    load(w, stages + block % STAGES * STAGE + BM * 64, BN, tile / row_blocks * BN, N, block);
-  };
+  auto stage = [&](int block) { return stages + block % STAGES * (BM + BN) * 64; };
+  int first_row, first_column, part, first, last;
+  auto load_x = [&](int block) { load_lines(x, stage(block), BM, first_row, rows, block); };
+  auto load_w = [&](int block) { load_lines(w, stage(block) + BM * 64, BN, first_column, columns, block); };
   auto begin = [&](int tile) {
+    first_row = tile % row_blocks * BM;
+    first_column = tile % tiles / row_blocks * BN;
+    part = tile / tiles;
+    first = C / 64 * part / parts;
+    last = part < parts ? C / 64 * (part + 1) / parts : first;
     __syncthreads();
     #pragma unroll
     for (int s = 0; s < STAGES - 1; s++)
-      if (s < BLOCKS && tile < tiles) load_w(tile, s);
+      if (first + s < last) load_w(first + s);
   };
   begin(blockIdx.x);
   wait_for_all(arrivals);
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  for (int tile = blockIdx.x; tile < tiles * parts; tile += gridDim.x) {
     if (tile != blockIdx.x) begin(tile);
     #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {
-      if (s < BLOCKS) load_x(tile, s);
+      if (first + s < last) load_x(first + s);
       close_group();
     }
-    float sums[MT][NT][4];
+    float sums[2][4][4];
     #pragma unroll
-    for (int i = 0; i < MT; i++)
+    for (int i = 0; i < 2; i++)
       #pragma unroll
-      for (int j = 0; j < NT; j++)
+      for (int j = 0; j < 4; j++)
         #pragma unroll
         for (int e = 0; e < 4; e++) sums[i][j][e] = 0.0f;
-    for (int block = 0; block < BLOCKS; block++) {
+    for (int block = first; block < last; block++) {
       wait_groups<STAGES - 2>();
       __syncthreads();
-      if (block + STAGES - 1 < BLOCKS) {
-        load_x(tile, block + STAGES - 1);
-        load_w(tile, block + STAGES - 1);
+      if (block + STAGES - 1 < last) {
+        load_x(block + STAGES - 1);
+        load_w(block + STAGES - 1);
       }
       close_group();
-      const T* a = stages + block % STAGES * STAGE;
+      const T* a = stage(block);
       const T* b = a + BM * 64;
       #pragma unroll
-      for (int step = 0; step < 4; step += GROUPS) {
-        const int k = step + group;
-        unsigned int fa[MT][4];
+      for (int k = 0; k < 4; k++) {
+        unsigned int fa[2][4];
+        unsigned int fb[2][4];
         #pragma unroll
-        for (int i = 0; i < MT; i++) {
+        for (int i = 0; i < 2; i++) {
           const int r = warp_row + i * 16 + (lane & 15);
           load_fragments(fa[i], a + r * 64 + ((2 * k + lane / 16) ^ (r & 7)) * 8);
         }
         #pragma unroll
-        for (int j = 0; j < NT / 2; j++) {
-          unsigned int fb[4];
+        for (int j = 0; j < 2; j++) {
           const int r = warp_column + j * 16 + (lane & 7) + lane / 16 * 8;
-          load_fragments(fb, b + r * 64 + ((2 * k + (lane >> 3 & 1)) ^ (r & 7)) * 8);
-          #pragma unroll
-          for (int i = 0; i < MT; i++) {
-            multiply_add(sums[i][2 * j], fa[i], fb[0], fb[1], x);
-            multiply_add(sums[i][2 * j + 1], fa[i], fb[2], fb[3], x);
-          }
+          load_fragments(fb[j], b + r * 64 + ((2 * k + (lane >> 3 & 1)) ^ (r & 7)) * 8);
         }
+        #pragma unroll
+        for (int i = 0; i < 2; i++)
+          #pragma unroll
+          for (int j = 0; j < 4; j++)
+            multiply_add(sums[i][j], fa[i], fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1], x);
       }
     }
-    float* exchange = reinterpret_cast<float*>(memory);
     #pragma unroll
-    for (int half = GROUPS / 2; half > 0; half /= 2) {
-      __syncthreads();
-      float* own = exchange + thread % (GROUP * half);
+    for (int i = 0; i < 4; i++) {
+      const int row = first_row + warp_row + i * 8 + lane / 4;
       #pragma unroll
-      for (int e = 0; e < MT * NT * 4; e++)
-        if (group >= half && group < 2 * half) own[e * GROUP * half] = sums[e / (NT * 4)][e / 4 % NT][e % 4];
-      __syncthreads();
-      #pragma unroll
-      for (int e = 0; e < MT * NT * 4; e++)
-        if (group < half) sums[e / (NT * 4)][e / 4 % NT][e % 4] += own[e * GROUP * half];
-    }
-    #pragma unroll
-    for (int i = 0; i < 2 * MT; i++) {
-      const int row = tile % row_blocks * BM + warp_row + i * 8 + lane / 4;
-      if (group == 0 && row < rows) {
-        #pragma unroll
-        for (int j = 0; j < NT; j++) {
-          const int column = tile / row_blocks * BN + warp_column + j * 8 + 2 * (lane & 3);
-          const long long at = (long long)row * N + column;
-          float first = sums[i / 2][j][i % 2 * 2];
-          float second = sums[i / 2][j][i % 2 * 2 + 1];
-          if (residual) {
-            const Pair<T> pair = *reinterpret_cast<const Pair<T>*>(residual + at);
-            first += static_cast<float>(pair.a);
-            second += static_cast<float>(pair.b);
-          }
-          *reinterpret_cast<unsigned int*>(out + at) = packed<T>(first, second);
-        }
+      for (int j = 0; j < 4; j++) {
+        const int column = first_column + warp_column + j * 8 + 2 * (lane & 3);
+        const Some<float, 2> two{sums[i / 2][j][i % 2 * 2], sums[i / 2][j][i % 2 * 2 + 1]};
+        if (row < rows && column < columns)
+          *reinterpret_cast<Some<float, 2>*>(out + ((long long)part * rows + row) * columns + column) = two;
       }
     }
   }
@@ -329,9 +339,9 @@ __device__ __noinline__ void product(const T* x, const T* w, const T* residual, 
 template <typename T>
 struct Heads { const T* of; int row; };  // the first head of the first row, and how many numbers a row has
 
-// Attention of `heads` heads of queries (B * length rows) to kv_heads of keys and values (B * count rows). A block makes
-// 16 * ROWS_OF_WARPS queries of one head of one clip at a time; keys and values pass in tiles of 64, two under way, each
-// shared among GROUPS groups of warps.
+// Attention of `heads` heads of queries (B * length rows) to kv_heads of keys and values (B * count rows). A block of
+// threads makes 16 * ROWS_OF_WARPS queries of one head of one clip at a time; keys and values pass in tiles of 64, two
+// under way, each shared among GROUPS groups of warps.
 template <typename T, int D, int ROWS_OF_WARPS>
 __device__ __noinline__ void attend(Heads<T> q, Heads<T> k, Heads<T> v, T* out, int batches, int length, int count,
                                     int heads, int kv_heads, float scale, void* memory) {
@@ -348,7 +358,7 @@ __device__ __noinline__ void attend(Heads<T> q, Heads<T> k, Heads<T> v, T* out, 
   const int warp_row = thread / 32 % ROWS_OF_WARPS * 16;
   const int group = thread / GROUP;
   const int row_blocks = (length + ROWS - 1) / ROWS;
-  auto load = [&](T* to, const T* from, int lines, int first, int most, int stride) {
+  auto load_lines = [&](T* to, const T* from, int lines, int first, int most, int stride) {
     #pragma unroll
     for (int i = thread; i < lines * CHUNKS; i += 32 * WARPS) {
       const int r = i / CHUNKS;
@@ -364,14 +374,13 @@ __device__ __noinline__ void attend(Heads<T> q, Heads<T> k, Heads<T> v, T* out, 
     const long long batch = tile / row_blocks / heads;
     auto load_keys_values = [&](int index) {
       T* to = tiles + index % 2 * 2 * TILE;
-      load(to, k.of + batch * count * k.row + kv_head * D, 64, index * 64, count, k.row);
-      load(to + TILE, v.of + batch * count * v.row + kv_head * D, 64, index * 64, count, v.row);
+      load_lines(to, k.of + batch * count * k.row + kv_head * D, 64, index * 64, count, k.row);
+      load_lines(to + TILE, v.of + batch * count * v.row + kv_head * D, 64, index * 64, count, v.row);
     };
     __syncthreads();
-    load(queries, q.of + batch * length * q.row + head * D, ROWS, first_row, length, q.row);
+    load_lines(queries, q.of + batch * length * q.row + head * D, ROWS, first_row, length, q.row);
     load_keys_values(0);
     close_group();
-
     unsigned int fq[D / 16][4];
     float sums[D / 8][4];
     float most[2] = {-INFINITY, -INFINITY};
@@ -404,6 +413,7 @@ __device__ __noinline__ void attend(Heads<T> q, Heads<T> k, Heads<T> v, T* out, 
         #pragma unroll
         for (int j = 0; j < KEYS / 16; j++) {
           unsigned int fk[4];
+          if (index * 64 + group * KEYS + j * 16 >= count) continue;
           const int r = group * KEYS + j * 16 + (lane & 7) + lane / 16 * 8;
           load_fragments(fk, keys + r * D + ((2 * c + (lane >> 3 & 1)) ^ (r & 7)) * 8);
           multiply_add(scores[2 * j], fq[c], fk[0], fk[1], q.of);
@@ -445,6 +455,7 @@ __device__ __noinline__ void attend(Heads<T> q, Heads<T> k, Heads<T> v, T* out, 
       }
       #pragma unroll
       for (int c = 0; c < KEYS / 16; c++) {
+        if (index * 64 + group * KEYS + c * 16 >= count) continue;
         const unsigned int weights[4] = {
           packed<T>(scores[2 * c][0], scores[2 * c][1]), packed<T>(scores[2 * c][2], scores[2 * c][3]),
           packed<T>(scores[2 * c + 1][0], scores[2 * c + 1][1]), packed<T>(scores[2 * c + 1][2], scores[2 * c + 1][3])};
@@ -503,45 +514,52 @@ __device__ __noinline__ void attend(Heads<T> q, Heads<T> k, Heads<T> v, T* out, 
 
 _MEMORY = "  extern __shared__ __align__(128) unsigned char memory[];\n"
 _HEADS = """
-  prepare_heads<T, D>(x, x_shape[1], out, 2 * HEADS * D, x_shape[0], LENGTH, HEADS, 2 * HEADS, Q_NORM, K_NORM, cosine, sine);
+  prepare_heads<T, D, 1>(x, x_shape[1], out, ALL * D, x_shape[0], LENGTH, HEADS, ALL, Q_NORM, K_NORM, COSINE, SINE);
 """
 _ATTENTION = """
   attend<T, D, 4>({q, q_shape[2]}, {k + K_START, k_shape[2]}, {v + V_START, v_shape[2]}, out, q_shape[0], q_shape[1],
                   k_shape[1], HEADS, KV_HEADS, SCALE, memory);
 """
+_SWIGLU = """
+  gate_rows(x, out, x_shape[0], x_shape[1] / 2);
+"""
 
-# Everything up to the feed-forward. `scratch` holds what goes into a product, and behind it what came out of one.
+# From the gated product of the feed-forward before, if there is one, to the norm before the next. `scratch` holds what
+# goes into a product, what came out of one, and its sums.
 _BLOCK = """
   constexpr int E = HEADS * D;
   const int rows = x_shape[0];
   const int clips = k_shape[0];
   const int length = rows / clips;
   T* before = scratch;
-  T* after = scratch + (long long)rows * E;
-  fetch(to_qkv, 3 * E * E);
-  norm_rows<T, E>(const_cast<T*>(x), SELF_NORM, before, rows, nullptr);
-  product<T, E, 3 * E, 64, 3 * E % 128 ? 64 : 128, 2, 3 * E % 128 ? 2 : 4>(
-    before, to_qkv, nullptr, after, rows, memory, arrivals);
-  fetch(self_out, E * E);
-  fetch(to_q, E * E);
-  fetch(cross_out, E * E);
+  T* after = before + (long long)rows * E;
+  float* sums = reinterpret_cast<float*>(after + (long long)rows * max(3 * E, FF));
+  FEED_FORWARD
+  product(before, to_qkv, sums, rows, E, 3 * E, 1, memory, arrivals);
   wait_for_all(arrivals);
-  prepare_heads<T, D>(after, 3 * E, after, 3 * E, rows, length, HEADS, 2 * HEADS, Q_NORM, K_NORM, cosine, sine);
+  prepare_heads<T, D, 1>(sums, 3 * E, after, 3 * E, rows, length, HEADS, 3 * HEADS, Q_NORM, K_NORM, cosine, sine);
   wait_for_all(arrivals);
-  attend<T, D, 2>({after, 3 * E}, {after + E, 3 * E}, {after + 2 * E, 3 * E}, before, clips, length, length, HEADS, HEADS,
+  attend<T, D, 2>({after, 3 * E}, {after + E, 3 * E}, {after + 2 * E, 3 * E}, before, clips, length, length, HEADS,
+                  HEADS, SCALE, memory);
+  product(before, self_out, sums, rows, E, E, PARTS, memory, arrivals);
+  wait_for_all(arrivals);
+  norm_rows<T, E, PARTS>(out, sums, nullptr, CROSS_NORM, out, before, rows);
+  product(before, to_q, sums, rows, E, E, PARTS, memory, arrivals);
+  wait_for_all(arrivals);
+  prepare_heads<T, D, PARTS>(sums, E, after, E, rows, length, HEADS, HEADS, CROSS_Q_NORM, {}, nullptr, nullptr);
+  wait_for_all(arrivals);
+  attend<T, D, 2>({after, E}, {k, k_shape[2]}, {v, k_shape[2]}, before, clips, length, k_shape[1], HEADS, KV_HEADS,
                   SCALE, memory);
-  product<T, E, E, 64, 64, 2, 2>(before, self_out, x, out, rows, memory, arrivals);
+  product(before, cross_out, sums, rows, E, E, PARTS, memory, arrivals);
   wait_for_all(arrivals);
-  norm_rows<T, E>(out, CROSS_NORM, before, rows, nullptr);
-  product<T, E, E, 64, 64, 2, 2>(before, to_q, nullptr, after, rows, memory, arrivals);
+  norm_rows<T, E, PARTS>(out, sums, nullptr, FF_NORM, out, normed, rows);
+"""
+_NO_FEED_FORWARD = "norm_rows<T, E, 0>(x, sums, nullptr, SELF_NORM, out, before, rows);"
+_FEED_FORWARD = """
+  gate_rows(gated, after, rows, FF);
+  product(after, ff_out, sums, rows, FF, E, PARTS, memory, arrivals);
   wait_for_all(arrivals);
-  prepare_heads<T, D>(after, E, after, E, rows, length, HEADS, HEADS, CROSS_Q_NORM, {}, nullptr, nullptr);
-  wait_for_all(arrivals);
-  attend<T, D, 2>({after, E}, {k, k_shape[2]}, {v, k_shape[2]}, before, clips, length, k_shape[1], HEADS, KV_HEADS, SCALE,
-                  memory);
-  product<T, E, E, 64, 64, 2, 2>(before, cross_out, out, out, rows, memory, arrivals);
-  wait_for_all(arrivals);
-  norm_rows<T, E>(out, FF_NORM, normed, rows, ff_bias);
+  norm_rows<T, E, PARTS>(x, sums, ff_bias, SELF_NORM, out, before, rows);
 """
 
 
@@ -554,16 +572,20 @@ class Norm(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines (at least the length, a quarter of a head's dimensions, as half of them are rotated), float32."""
+    """Cosines and sines (at least the length, head_dim / 4), float32: half of a head's dimensions are rotated."""
 
     cosine: mx.array
     sine: mx.array
 
 
-def usable(dtype: mx.Dtype, head_dim: int) -> bool:
-    """Whether attention runs here: in half precision, from compute capability 8.0 on."""
-    fits = dtype in (mx.float16, mx.bfloat16) and head_dim in (64, 128)
-    return fits and cuda.is_default() and cuda.capability() >= 8
+def usable(dtype: mx.Dtype) -> bool:
+    """Whether the kernels run here: in half precision, from compute capability 8.0 on."""
+    return dtype in (mx.float16, mx.bfloat16) and cuda.is_default() and cuda.capability() >= 8
+
+
+def attends(head_dim: int) -> bool:
+    """Whether attention has such heads."""
+    return head_dim in (64, 128)
 
 
 def is_small(x: mx.array) -> bool:
@@ -591,15 +613,25 @@ def _spell(source: str, head_dim: int, norms: dict[str, Norm | None]) -> tuple[s
 
 
 def prepare_heads(
-    qkv: mx.array, head_dim: int, length: int, norms: tuple[Norm | None, Norm | None], rotation: Rotation
+    x: mx.array,
+    head_dim: int,
+    heads: int,
+    length: int,
+    norms: Sequence[Norm | None],
+    rotation: Rotation | None = None,
 ) -> mx.array:
-    """Of qkv (B·length, 3·E) the queries and keys, normed if there are norms and rotated: (B·length, 2·E)."""
-    source, inputs = _spell(_HEADS, head_dim, dict(zip(("Q_NORM", "K_NORM"), norms, strict=True)))
-    inputs = {"x": qkv} | inputs | rotation._asdict()
-    rows, heads = len(qkv), qkv.shape[1] // head_dim // 3
-    constants = {"D": head_dim, "HEADS": heads, "LENGTH": length}
-    shape = rows, 2 * heads * head_dim
-    return _launch("prepare_heads", source, inputs, {"out": shape}, constants, -(-rows * 2 * heads // 8), 0)[0]
+    """Of x (B·length, …) the queries it begins with, and as many keys if there are two norms: normed and rotated.
+
+    (B·length, len(norms) · heads · head_dim); a norm or the rotation that is None is left out.
+    """
+    source, inputs = _spell(_HEADS, head_dim, dict(zip_longest(("Q_NORM", "K_NORM"), norms)))
+    for name in ("cosine", "sine"):
+        source = source.replace(name.upper(), name if rotation else "nullptr")
+    inputs = {"x": x} | inputs | (rotation._asdict() if rotation else {})
+    rows, count = len(x), heads * len(norms)
+    constants = {"D": head_dim, "HEADS": heads, "ALL": count, "LENGTH": length}
+    outputs = {"out": (rows, count * head_dim)}
+    return _launch("prepare_heads", source, inputs, outputs, constants, -(-rows * count // 32), 0)[0]
 
 
 def attention(
@@ -615,13 +647,15 @@ def attention(
     batch, length = q.shape[:2]
     constants = {"D": head_dim, "HEADS": heads, "KV_HEADS": kv_heads, "K_START": starts[0], "V_START": starts[1]}
     source, _ = _spell(_ATTENTION, head_dim, {})
-    shape, blocks = (batch * length, heads * head_dim), -(-length // 64) * heads * batch
-    inputs = {"q": q, "k": k, "v": v}
-    return _launch("attention", source, inputs, {"out": shape}, constants, blocks, _attention_memory(head_dim))[0]
+    outputs = {"out": (batch * length, heads * head_dim)}
+    blocks, memory = -(-length // 64) * heads * batch, _attention_memory(head_dim, 64)
+    # fewer warps than in `block`: two blocks of threads on a processor hide each other's waits
+    return _launch("attention", source, {"q": q, "k": k, "v": v}, outputs, constants, blocks, memory, warps=4)[0]
 
 
 def block(
     x: mx.array,
+    gated: mx.array | None,
     weights: dict[str, mx.array],
     norms: dict[str, Norm | None],
     rotation: Rotation,
@@ -629,29 +663,41 @@ def block(
     head_dim: int,
     arrivals: mx.array,
 ) -> tuple[mx.array, mx.array]:
-    """x (B·L, E) after a block's self- and cross-attention plus `ff_bias`, and its norm (without) for the feed-forward.
+    """The end of the feed-forward before a block, and the block up to its own: what `Block` adds up, and its norm.
 
     Args:
         x: (B·L, E), with E a multiple of 64.
-        weights: to_qkv (3·E, E); self_out, to_q and cross_out (E, E); ff_bias (E,).
+        gated: what the feed-forward before comes to before its SwiGLU, (B·L, 2·F), F a multiple of 64; or None.
+        weights: to_qkv (3·E, E); self_out, to_q and cross_out (E, E); with `gated`, ff_out (E, F) and ff_bias (E,).
         norms: SELF_NORM, CROSS_NORM and FF_NORM of E numbers; Q_NORM, K_NORM and CROSS_Q_NORM of a head's, or None.
         rotation: of the clip's positions.
         keys_values: cross-attention's, (B, M, kv_heads · head_dim) each, the keys normed.
         head_dim: 64 or 128.
         arrivals: see `arrivals`.
     """
-    source, inputs = _spell(_BLOCK, head_dim, norms)
-    width = x.shape[1]
+    source = _BLOCK.replace("FEED_FORWARD", _NO_FEED_FORWARD if gated is None else _FEED_FORWARD)
+    source, inputs = _spell(source, head_dim, norms)
+    rows, width = x.shape
     inputs = {"x": x} | weights | dict(zip("kv", keys_values, strict=True)) | inputs | rotation._asdict()
+    inputs |= {"arrivals": arrivals} | ({} if gated is None else {"gated": gated})
+    # such that about all processors have a tile
+    parts = max(1, min(cuda.processors() // (-(-rows // 64) * -(-width // 128)), width // 64))
     constants = {"D": head_dim, "HEADS": width // head_dim, "KV_HEADS": keys_values[0].shape[2] // head_dim}
-    outputs = {"out": x.shape, "normed": x.shape, "scratch": (len(x), 4 * width)}
-    memory = max(4 * (64 + 128) * 64 * x.itemsize, _attention_memory(head_dim))
-    inputs["arrivals"] = arrivals
+    constants |= {"FF": 0 if gated is None else gated.shape[1] // 2, "PARTS": parts}
+    scratch = rows, width + max(3 * width, constants["FF"]) + 2 * max(3, parts) * width
+    outputs = {"out": x.shape, "normed": x.shape, "scratch": scratch}
+    memory = max(4 * (64 + 128) * 64 * x.itemsize, _attention_memory(head_dim, 32))
     return tuple(_launch("block", source, inputs, outputs, constants, cuda.processors(), memory)[:2])
 
 
-def _attention_memory(head_dim: int) -> int:
-    return 5 * 64 * head_dim * 2
+def swiglu(x: mx.array) -> mx.array:
+    """(rows, 2·F) → (rows, F): the first half times SiLU of the second. F must be a multiple of 8."""
+    shape = len(x), x.shape[1] // 2
+    return _launch("swiglu", _SWIGLU, {"x": x}, {"out": shape}, {}, -(-math.prod(shape) // (8 * 256)), 0)[0]
+
+
+def _attention_memory(head_dim: int, queries: int) -> int:
+    return (queries + 4 * 64) * head_dim * 2
 
 
 def _launch(
@@ -662,15 +708,16 @@ def _launch(
     constants: dict[str, int],
     blocks: int,
     shared_memory: int,
+    warps: int = 8,
 ) -> list[mx.array]:
-    """The outputs, in the dtype of the first input."""
+    """The outputs, in the dtype of the first input; `warps` are a block's."""
     dtype = next(iter(inputs.values())).dtype
-    header = _HARDWARE + _TYPES + _PARTS
+    header = _HARDWARE + f"constexpr int WARPS = {warps};" + _TYPES + _PARTS
     return cuda.build(name, tuple(inputs), tuple(outputs), _MEMORY + source, header, shared_memory)(
         inputs=list(inputs.values()),
         template=[("T", dtype), *constants.items()],
-        grid=(blocks * _THREADS, 1, 1),
-        threadgroup=(_THREADS, 1, 1),
+        grid=(blocks * warps * 32, 1, 1),
+        threadgroup=(warps * 32, 1, 1),
         output_shapes=list(outputs.values()),
         output_dtypes=[dtype] * len(outputs),
     )

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import cuda_attention
+from . import cuda_dit
 from .dense import add_dense, is_plain
 from .elementwise import silu
 from .schema import Section, check
@@ -137,7 +137,7 @@ class DiTConfig:
 class Attention(nn.Module):
     """What self- and cross-attention share: heads, their optional norm, and the way out.
 
-    If it `compiles`, on an NVIDIA GPU in half precision by the kernels of cuda_attention.py, as far as its heads fit.
+    If it `compiles`, on an NVIDIA GPU in half precision by the kernels of cuda_dit.py, as far as its heads fit.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -164,11 +164,11 @@ class Attention(nn.Module):
 
     @property
     def by_kernels(self) -> bool:
-        return self.compiles and cuda_attention.usable(self.to_out.weight.dtype, self.head_dim)
+        return self.compiles and cuda_dit.attends(self.head_dim) and cuda_dit.usable(self.to_out.weight.dtype)
 
 
-def _kernel_norm(norm: nn.LayerNorm) -> cuda_attention.Norm:
-    return cuda_attention.Norm(norm.weight, norm.bias, norm.eps)
+def _kernel_norm(norm: nn.LayerNorm) -> cuda_dit.Norm:
+    return cuda_dit.Norm(norm.weight, norm.bias, norm.eps)
 
 
 def _periods(rotary_dim: int) -> np.ndarray:
@@ -177,9 +177,9 @@ def _periods(rotary_dim: int) -> np.ndarray:
 
 
 @cache
-def _rotation(length: int, rotary_dim: int) -> cuda_attention.Rotation:
+def _rotation(length: int, rotary_dim: int) -> cuda_dit.Rotation:
     angles = np.arange(length, dtype=np.float32)[:, None] * (1 / _periods(rotary_dim))
-    return cuda_attention.Rotation(mx.array(np.cos(angles)), mx.array(np.sin(angles)))
+    return cuda_dit.Rotation(mx.array(np.cos(angles)), mx.array(np.sin(angles)))
 
 
 class SelfAttention(Attention):
@@ -192,21 +192,21 @@ class SelfAttention(Attention):
     def __call__(self, residual: mx.array, x: mx.array, batch: int) -> mx.array:
         if self.by_kernels:
             qkv, length, width = self.to_qkv(x), len(x) // batch, residual.shape[1]
-            rotation = self.rotation(length)
-            qk = cuda_attention.prepare_heads(qkv, self.head_dim, length, self.kernel_norms(), rotation)
-            qk, v = (part.reshape(batch, length, -1) for part in (qk, qkv))
             heads, starts = width // self.head_dim, (width, 2 * width)
-            states = cuda_attention.attention(qk, qk, v, self.head_dim, heads, heads, starts)
+            norms, rotation = self.kernel_norms(), self.rotation(length)
+            qk = cuda_dit.prepare_heads(qkv, self.head_dim, heads, length, norms, rotation)
+            qk, v = (part.reshape(batch, length, -1) for part in (qk, qkv))
+            states = cuda_dit.attention(qk, qk, v, self.head_dim, heads, heads, starts)
             return add_dense(residual, self.to_out, states)
         q, k, v = mx.split(self.split_heads(self.to_qkv(x), batch).transpose(0, 2, 1, 3), 3, axis=1)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return self.attend(residual, self.rotate(q), self.rotate(k), v)
 
-    def kernel_norms(self) -> tuple[cuda_attention.Norm | None, ...]:
+    def kernel_norms(self) -> tuple[cuda_dit.Norm | None, ...]:
         return (_kernel_norm(self.q_norm), _kernel_norm(self.k_norm)) if self.qk_norm else (None, None)
 
-    def rotation(self, length: int) -> cuda_attention.Rotation:
+    def rotation(self, length: int) -> cuda_dit.Rotation:
         return _rotation(length, self.rotary_dim)
 
     def rotate(self, x: mx.array) -> mx.array:
@@ -228,16 +228,20 @@ class CrossAttention(Attention):
 
     def __call__(self, residual: mx.array, x: mx.array, keys_values: tuple[mx.array, mx.array]) -> mx.array:
         batch = len(keys_values[0])
-        q = self.split_heads(self.to_q(x), batch)
-        # normed before the heads change places: a norm wants its rows in order
-        q = self.q_norm(q) if self.qk_norm else q
+        q = self.to_q(x)
         if keys_values[0].ndim == 3:
-            heads = q.shape[2], keys_values[0].shape[2] // self.head_dim
-            states = cuda_attention.attention(q.flatten(2), *keys_values, self.head_dim, *heads)
+            heads, kv_heads = (part.shape[-1] // self.head_dim for part in (q, keys_values[0]))
+            if self.qk_norm:
+                q = cuda_dit.prepare_heads(q, self.head_dim, heads, 1, [self.kernel_norm()])
+            q = q.reshape(batch, len(x) // batch, -1)
+            states = cuda_dit.attention(q, *keys_values, self.head_dim, heads, kv_heads)
             return add_dense(residual, self.to_out, states)
+        # normed before the heads change places: a norm wants its rows in order
+        q = self.split_heads(q, batch)
+        q = self.q_norm(q) if self.qk_norm else q
         return self.attend(residual, q.transpose(0, 2, 1, 3), *keys_values)
 
-    def kernel_norm(self) -> cuda_attention.Norm | None:
+    def kernel_norm(self) -> cuda_dit.Norm | None:
         return _kernel_norm(self.q_norm) if self.qk_norm else None
 
 
@@ -246,16 +250,20 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
+        self.compiles = False
         self.proj_in = nn.Linear(config.embed_dim, 2 * config.ff_dim)
         self.proj_out = nn.Linear(config.ff_dim, config.embed_dim)
 
-    def __call__(self, residual: mx.array, x: mx.array, biased: bool = False) -> mx.array:
-        """residual + the layers' of x; `biased` means that the last bias is in the residual already."""
-        value, gate = mx.split(self.proj_in(x), 2, axis=-1)
-        hidden = value * silu(gate)
-        if biased:
-            return mx.addmm(residual, hidden, self.proj_out.weight.T)
-        return add_dense(residual, self.proj_out, hidden)
+    def __call__(self, residual: mx.array, x: mx.array) -> mx.array:
+        return self.end(residual, self.proj_in(x))
+
+    def end(self, residual: mx.array, gated: mx.array) -> mx.array:
+        if self.compiles and cuda_dit.usable(gated.dtype) and gated.shape[1] % 16 == 0:
+            x = cuda_dit.swiglu(gated)
+        else:
+            value, gate = mx.split(gated, 2, axis=-1)
+            x = value * silu(gate)
+        return add_dense(residual, self.proj_out, x)
 
 
 class Block(nn.Module):
@@ -270,33 +278,36 @@ class Block(nn.Module):
         self.ff_norm = nn.LayerNorm(config.embed_dim, config.norm_eps)
         self.ff = FeedForward(config)
 
-    def __call__(
-        self, x: mx.array, keys_values: tuple[mx.array, mx.array], arrivals: mx.array | None = None
-    ) -> mx.array:
-        """With `arrivals` by one kernel up to the feed-forward, see `cuda_attention.block`."""
-        if arrivals is not None:
-            return self.ff(*self._by_kernel(x, keys_values, arrivals), biased=True)
+    def __call__(self, x: mx.array, keys_values: tuple[mx.array, mx.array]) -> mx.array:
         x = self.self_attention(x, self.self_norm(x), len(keys_values[0]))
         x = self.cross_attention(x, self.cross_norm(x), keys_values)
         return self.ff(x, self.ff_norm(x))
 
     @property
     def by_one_kernel(self) -> bool:
-        own, cross = self.self_attention, self.cross_attention
-        plain = is_plain(own.to_qkv, own.to_out, cross.to_q, cross.to_out)
-        return own.by_kernels and plain and isinstance(self.ff.proj_out, nn.Linear)
+        own, cross, ff = self.self_attention, self.cross_attention, self.ff
+        plain = is_plain(own.to_qkv, own.to_out, cross.to_q, cross.to_out) and isinstance(ff.proj_out, nn.Linear)
+        return own.by_kernels and plain and ff.proj_out.weight.shape[1] % 64 == 0
 
-    def _by_kernel(
-        self, x: mx.array, keys_values: tuple[mx.array, mx.array], arrivals: mx.array
+    def attend_by_kernel(
+        self,
+        x: mx.array,
+        before: FeedForward | None,
+        gated: mx.array | None,
+        keys_values: tuple[mx.array, mx.array],
+        arrivals: mx.array,
     ) -> tuple[mx.array, mx.array]:
+        """What `cuda_dit.block` returns; `before` is the feed-forward that `gated` is of."""
         own, cross = self.self_attention, self.cross_attention
         layers = {"to_qkv": own.to_qkv, "self_out": own.to_out, "to_q": cross.to_q, "cross_out": cross.to_out}
-        weights = {name: layer.weight for name, layer in layers.items()} | {"ff_bias": self.ff.proj_out.bias}
+        weights = {name: layer.weight for name, layer in layers.items()}
+        if before is not None:
+            weights |= {"ff_out": before.proj_out.weight, "ff_bias": before.proj_out.bias}
         norms = {"SELF_NORM": self.self_norm, "CROSS_NORM": self.cross_norm, "FF_NORM": self.ff_norm}
         norms = {name: _kernel_norm(norm) for name, norm in norms.items()}
         norms |= dict(zip(("Q_NORM", "K_NORM"), own.kernel_norms(), strict=True), CROSS_Q_NORM=cross.kernel_norm())
         rotation = own.rotation(len(x) // len(keys_values[0]))
-        return cuda_attention.block(x, weights, norms, rotation, keys_values, own.head_dim, arrivals)
+        return cuda_dit.block(x, gated, weights, norms, rotation, keys_values, own.head_dim, arrivals)
 
 
 class Embedder(nn.Module):
@@ -338,8 +349,8 @@ class DiT(nn.Module):
 
     def compile(self) -> None:
         """Has a GPU's `velocity` compiled from now on."""
-        attentions = (part for block in self.blocks for part in (block.self_attention, block.cross_attention))
-        for module in (self, *attentions):
+        parts = (part for block in self.blocks for part in (block.self_attention, block.cross_attention, block.ff))
+        for module in (self, *parts):
             module.compiles = True
 
     def __call__(self, latents: mx.array, t: mx.array, cross_attention: mx.array, global_cond: mx.array) -> mx.array:
@@ -383,12 +394,21 @@ class DiT(nn.Module):
         x = self.project_in(add_dense(x, self.preprocess, x)).reshape(batch, -1, self.config.embed_dim)
         token = global_embed + self.embed_time(t)
         x = mx.concatenate([token[:, None, :], x], axis=1).flatten(0, 1)
-        joins = cuda_attention.is_small(x) and all(block.by_one_kernel for block in self.blocks)
-        arrivals = cuda_attention.arrivals(t) if joins else None
-        for block, own in zip(self.blocks, keys_values, strict=True):
-            x = block(x, own, arrivals)
+        if cuda_dit.is_small(x) and all(block.by_one_kernel for block in self.blocks):
+            x = self._by_kernels(x, keys_values, cuda_dit.arrivals(t))
+        else:
+            for block, own in zip(self.blocks, keys_values, strict=True):
+                x = block(x, own)
         x = self.project_out(x.reshape(batch, -1, self.config.embed_dim)[:, 1:].flatten(0, 1))
         return add_dense(x, self.postprocess, x).reshape(latents.shape).astype(latents.dtype)
+
+    def _by_kernels(self, x: mx.array, keys_values: list[tuple[mx.array, mx.array]], arrivals: mx.array) -> mx.array:
+        """All blocks, each by a kernel and the feed-forward's first product, which its next kernel goes on with."""
+        ff, gated = None, None
+        for block, own in zip(self.blocks, keys_values, strict=True):
+            x, normed = block.attend_by_kernel(x, ff, gated, own, arrivals)
+            ff, gated = block.ff, block.ff.proj_in(normed)
+        return ff.end(x, gated)
 
     def embed_time(self, t: mx.array) -> mx.array:
         """t (B,) → (B, E). Cosine first, then sine, and no raw t, unlike the seconds' embedding."""

@@ -2,6 +2,7 @@
 // gate the others go on until all have come. Fragments are those of the hardware, for T = _Float16.
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <deque>
@@ -98,6 +99,7 @@ void run_blocks(unsigned columns, unsigned rows, int threads, int shared, bool t
 
 #define __device__
 #define __noinline__
+using std::max, std::min;
 inline void __syncthreads() { block->gate.wait(); }
 inline void wait_for_all(const unsigned*) { gate_of_all.wait(); }
 inline float __sinf(float x) { return std::sin(x); }
@@ -110,7 +112,6 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
   warp->gate.wait();
   return other;
 }
-inline void fetch_line(const void*) {}
 inline void copy_async(void* to, const void* from, bool there) { copies[current].push_back({to, from, there}); }
 inline void close_group() {
   groups[current].push_back(std::move(copies[current]));

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_audio_native import cuda_attention
+from mlx_audio_native import cuda_dit
 
 TYPES = {mx.float16: "_Float16", mx.float32: "float", mx.uint32: "unsigned"}
 
@@ -33,7 +33,7 @@ def build(folder: Path) -> Callable[..., Callable[..., list[mx.array]]]:
             ]
             blocks = [-(-size // group) for size, group in zip(grid, threadgroup, strict=True)]
             text = f"""#include "{Path(__file__).with_suffix(".h")}"
-{header.removeprefix(cuda_attention._HARDWARE)}
+{header.removeprefix(cuda_dit._HARDWARE)}
 void kernel({", ".join(parameters)}) {{
 {chr(10).join(constants)}
 {source.replace("extern __shared__ __align__(128) unsigned char memory[];", "")}}}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_audio_native import cuda_attention
+from mlx_audio_native import cuda, cuda_dit
 from mlx_audio_native.dit import DiT, DiTConfig
 
 CONFIG = DiTConfig(
@@ -18,7 +18,7 @@ CONFIG = DiTConfig(
     cond_token_dim=64,
     cond_embed_dim=64,
     global_cond_dim=64,
-    ff_dim=96,
+    ff_dim=192,
     norm_eps=1e-5,
     qk_norm=True,
     objective="v",
@@ -51,19 +51,22 @@ def check_dit(config: DiTConfig, batch: int, latents: int, tokens: int) -> None:
     assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < 2e-3
 
 
+SINGLE = ["prepare_heads", "attention", "prepare_heads", "attention", "swiglu"]
+
+
 def test_few_rows_take_one_kernel(cuda_kernels: list[str]) -> None:
-    check_dit(CONFIG, batch=2, latents=20, tokens=5)
-    assert cuda_kernels == ["block"]
+    check_dit(replace(CONFIG, depth=2, ff_dim=128), batch=2, latents=20, tokens=5)
+    assert cuda_kernels == ["block", "block", "swiglu"]
 
 
-def test_many_rows_take_the_library_and_attention(cuda_kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_attention, "_FEW_ROWS", 0)
+def test_many_rows_take_the_library_between_kernels(cuda_kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_dit, "_FEW_ROWS", 0)
     check_dit(CONFIG, batch=2, latents=20, tokens=5)
-    assert cuda_kernels == ["prepare_heads", "attention", "attention"]
+    assert cuda_kernels == SINGLE
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("few_rows", [0, 512])
+@pytest.mark.parametrize("processors", [0, 2, 5])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -78,12 +81,13 @@ def test_many_rows_take_the_library_and_attention(cuda_kernels: list[str], monke
 def test_dit_of_other_sizes(
     cuda_kernels: list[str],
     monkeypatch: pytest.MonkeyPatch,
-    few_rows: int,
+    processors: int,
     changes: dict,
     latents: int,
     tokens: int,
 ) -> None:
-    monkeypatch.setattr(cuda_attention, "_FEW_ROWS", few_rows)
+    monkeypatch.setattr(cuda, "processors", lambda: processors)
     config = replace(CONFIG, **changes)
     check_dit(config, batch=1, latents=latents, tokens=tokens)
-    assert cuda_kernels == (["block"] if few_rows else ["prepare_heads", "attention", "attention"]) * config.depth
+    single = SINGLE if config.qk_norm else [*SINGLE[:2], *SINGLE[3:]]
+    assert cuda_kernels == (["block"] * config.depth + ["swiglu"] if processors else single * config.depth)
