@@ -30,7 +30,10 @@ def serve(make: Callable[[dict[str, Any]], Any]) -> None:
 
 
 class Side:
-    """The other end: `about` what it says of itself, and `seconds` of each stage, a value a run, the first one cold."""
+    """The other end: `about` what it says of itself, and `seconds` of each stage, a value a run, the first one cold.
+
+    `run` and `warm_up` are those of mlx_audio_native.bench.Bench.
+    """
 
     def __init__(self, name: str, process: subprocess.Popen[str], errors: IO[str]) -> None:
         self.name, self._process, self._errors = name, process, errors
@@ -41,6 +44,12 @@ class Side:
         print(file=self._process.stdin, flush=True)
         for stage, seconds in self._read().items():
             self.seconds.setdefault(stage, []).append(seconds)
+
+    def warm_up(self) -> None:
+        """A run that is not counted."""
+        self.run()
+        for seconds in self.seconds.values():
+            seconds.pop()
 
     def _read(self) -> dict[str, Any]:
         line = self._process.stdout.readline()

@@ -359,10 +359,10 @@ __device__ __noinline__ void attend(Heads<T> q, Heads<T> k, Heads<T> v, T* out, 
   const int group = thread / GROUP;
   const int row_blocks = (length + ROWS - 1) / ROWS;
   auto load_lines = [&](T* to, const T* from, int lines, int first, int most, int stride) {
+    const int c = thread % CHUNKS;
     #pragma unroll
-    for (int i = thread; i < lines * CHUNKS; i += 32 * WARPS) {
-      const int r = i / CHUNKS;
-      const int c = i % CHUNKS;
+    for (int i = 0; i < lines * CHUNKS / (32 * WARPS); i++) {
+      const int r = thread / CHUNKS + i * (32 * WARPS / CHUNKS);
       const bool there = first + r < most;
       copy_async(to + r * D + (c ^ (r & 7)) * 8, there ? from + (long long)(first + r) * stride + c * 8 : from, there);
     }
@@ -413,7 +413,6 @@ __device__ __noinline__ void attend(Heads<T> q, Heads<T> k, Heads<T> v, T* out, 
         #pragma unroll
         for (int j = 0; j < KEYS / 16; j++) {
           unsigned int fk[4];
-          if (index * 64 + group * KEYS + j * 16 >= count) continue;
           const int r = group * KEYS + j * 16 + (lane & 7) + lane / 16 * 8;
           load_fragments(fk, keys + r * D + ((2 * c + (lane >> 3 & 1)) ^ (r & 7)) * 8);
           multiply_add(scores[2 * j], fq[c], fk[0], fk[1], q.of);
@@ -455,7 +454,6 @@ __device__ __noinline__ void attend(Heads<T> q, Heads<T> k, Heads<T> v, T* out, 
       }
       #pragma unroll
       for (int c = 0; c < KEYS / 16; c++) {
-        if (index * 64 + group * KEYS + c * 16 >= count) continue;
         const unsigned int weights[4] = {
           packed<T>(scores[2 * c][0], scores[2 * c][1]), packed<T>(scores[2 * c][2], scores[2 * c][3]),
           packed<T>(scores[2 * c + 1][0], scores[2 * c + 1][1]), packed<T>(scores[2 * c + 1][2], scores[2 * c + 1][3])};

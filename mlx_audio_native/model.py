@@ -64,8 +64,7 @@ class Model:
         Clips are then made faster. But each part is compiled at its first call, which takes some seconds in every
         process and on an NVIDIA GPU half a minute the first time ever, and traced for each length of text and clip.
         """
-        text_encoder = None if self.conditioner is None else self.conditioner.t5
-        for part in (text_encoder, self.dit, self.autoencoder):
+        for part in (self.conditioner, self.dit, self.autoencoder):
             if part is not None:
                 part.compile()
         return self
@@ -190,7 +189,7 @@ class Model:
         known = {"seconds_start": 0.0, "seconds_total": [clip.told for clip in request.clips]}
         numbers = {number.id: known[number.id] for number in self.config.numbers if number.id in known}
         encoded = self.conditioner.encode(*self.tokenizer.encode(prompts), **numbers)
-        return encoded.cross_attention * encoded.mask[..., None], encoded.global_cond
+        return encoded.cross_attention, encoded.global_cond
 
     def _noise(self, request: Request) -> Iterator[mx.array]:
         shape = self.config.latent_length, self.config.latent_channels

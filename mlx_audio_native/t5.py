@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
 from operator import is_not
 from typing import Any
-from weakref import proxy
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from . import cuda_t5
 from .dense import add_dense, is_plain
 from .schema import Section, check, nearest
 
@@ -129,23 +128,25 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.d_model, inner, bias=False)
         self.out = nn.Linear(inner, config.d_model, bias=False)
         self._joined, self._joined_of = None, []  # underscored, so that they are no parameters
+        self.compiles = False
 
     def __call__(self, residual: mx.array, x: mx.array, bias: mx.array) -> mx.array:
         """residual and x (B·L, D), bias (1, heads, B, L, L) → (B·L, D)"""
-        q, k, v = self._project(x, *bias.shape[2:4])
+        batch, length = bias.shape[2:4]
+        layers = self.query, self.key, self.value
+        if is_plain(*layers) and mx.default_device() == mx.gpu:
+            joined = x @ self._join(layers)
+            if self.compiles and cuda_t5.fits(joined, length):
+                return add_dense(residual, self.out, cuda_t5.attend(joined, bias))
+            q, k, v = mx.split(joined.reshape(3, self.heads, batch, length, -1), 3)
+        else:
+            shape = 1, batch, length, self.heads, -1
+            q, k, v = (layer(x).reshape(shape).transpose(0, 3, 1, 2, 4) for layer in layers)
         # T5 has no 1/sqrt(d) here: its initialisation absorbs it. CUDA has no attention in one operation that takes
         # float32 and a bias, and what MLX does instead begins with a product by the scale
         scores = mx.addmm(bias, q, k.swapaxes(-1, -2))
         states = mx.softmax(scores, axis=-1, precise=True) @ v
         return add_dense(residual, self.out, states.transpose(0, 2, 3, 1, 4).reshape(len(x), -1))
-
-    def _project(self, x: mx.array, batch: int, length: int) -> Sequence[mx.array]:
-        """(B·L, D) → queries, keys and values, each (1, heads, B, L, d), on a GPU by one product if not quantised."""
-        layers = self.query, self.key, self.value
-        if is_plain(*layers) and mx.default_device() == mx.gpu:
-            return mx.split((x @ self._join(layers)).reshape(3, self.heads, batch, length, -1), 3)
-        shape = 1, batch, length, self.heads, -1
-        return [layer(x).reshape(shape).transpose(0, 3, 1, 2, 4) for layer in layers]
 
     def _join(self, layers: Sequence[nn.Linear]) -> mx.array:
         """(3·heads, D, d); the layers' weights are views of it from then on, so that it takes no memory of its own."""
@@ -205,29 +206,20 @@ class T5Encoder(nn.Module):
         self.compiles = False
 
     def compile(self) -> None:
-        """Has a GPU's encoder compiled from now on."""
-        self.compiles = True
+        """Says that a GPU's encoder becomes part of a compiled function; such a one may have kernels of our own."""
+        for module in (self, *(block.attention for block in self.blocks)):
+            module.compiles = True
 
     def __call__(self, input_ids: mx.array, attention_mask: mx.array | None = None) -> mx.array:
-        """ids (B, L) and mask (B, L), nonzero where a token is real, None if all are → states (B, L, d_model).
-
-        After `compile`, on a GPU, compiled at the first call of each shape, with the weights as they are then.
-        """
-        compiled = self.compiles and mx.default_device() == mx.gpu
-        function = self._compiled if compiled else self._states
-        return function(input_ids, attention_mask)
-
-    @cached_property
-    def _compiled(self) -> Callable[..., mx.array]:
-        return mx.compile(partial(T5Encoder._states, proxy(self)))  # a cycle would outlive the model
-
-    def _states(self, input_ids: mx.array, attention_mask: mx.array | None) -> mx.array:
+        """ids (B, L) and mask (B, L), nonzero where a token is real, None if all are → states (B, L, d_model)."""
         batch, length = input_ids.shape
         buckets = mx.array(relative_buckets(length, self.config.num_buckets, self.config.max_distance))
         bias = self.relative_bias(buckets).transpose(2, 0, 1)[None, :, None]
         if attention_mask is None:
             # its memory in order: otherwise each layer's product copies it first
             bias = mx.contiguous(mx.broadcast_to(bias, (1, bias.shape[1], batch, length, length)))
+            if self.compiles:
+                mx.async_eval(bias)  # now, lest it be part of a compiled function and made at each call
         else:
             # finite, so that a row without any real token stays free of NaN
             bias = bias + mx.where(attention_mask[:, None, :] != 0, 0.0, mx.finfo(mx.float32).min)

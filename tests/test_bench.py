@@ -67,6 +67,13 @@ def test_primitives_of_what_is_not_evaluated_are_counted():
     assert count_primitives(mx.sin(x).T + x.T) == 4
 
 
+def test_a_run_that_warms_up_is_not_counted(small_model):
+    bench = Bench(small_model, seconds=1, steps=1)
+    for run in (bench.run, bench.warm_up, bench.run):
+        run()
+    assert {len(bench.times.seconds[stage]) for stage in STAGES} == {2}
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [({"batch": 0}, "batch must be at least 1"), ({"seconds": 60}, "within the model's window")],
@@ -92,8 +99,8 @@ def test_the_reference_is_timed_beside_the_runtime(tmp_path, capsys):
     config["model"]["conditioning"]["configs"][0]["config"]["t5_config"]["vocab_size"] = len(Tokenizer(TOKENIZER))
     write_random(tmp_path / "random", config)
     path = tmp_path / "bench.json"
-    options = ["--seconds", "2", "--steps", "2", "--batch", "2", "--runs", "1", "--json", str(path)]
+    options = ["--seconds", "2", "--steps", "2", "--batch", "2", "--runs", "4", "--json", str(path)]
     assert golden(["bench", "--model", str(tmp_path / "random"), *options]) == 0
-    torch = json.loads(path.read_text())["sides"]["torch"]
-    assert set(torch["stages"]) == set(STAGES)
+    report = json.loads(path.read_text())
+    assert (report["runs"], set(report["sides"]["torch"]["stages"])) == (4, set(STAGES))
     assert "ratio of medians" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_audio_native.conditioning import ANGLE_CONSTANTS, Conditioner, NumberConfig, NumberEmbedder
+from mlx_audio_native import cuda
+from mlx_audio_native.conditioning import ANGLE_CONSTANTS, Conditioner, NumberConfig, NumberEmbedder, _send
 from mlx_audio_native.errors import InputError
 from mlx_audio_native.weights import load_parts
 
@@ -118,14 +120,48 @@ def test_anything_that_mx_array_takes(conditioner):
         assert all(mx.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_the_form_for_a_gpu_gives_the_same(conditioner, monkeypatch, as_on_gpu):
-    ids, mask = tokens(4, 9)
-    values = {"seconds_start": [0, 1], "seconds_total": 7.5}
+@pytest.mark.parametrize("on_cuda", [False, True])
+@pytest.mark.parametrize("lengths", [(1,), (9,), (4, 9), (9, 9, 9)], ids=str)
+def test_the_form_for_a_gpu_gives_the_same(conditioner, monkeypatch, as_on_gpu, lengths, on_cuda):
+    ids, mask = tokens(*lengths)
+    values = {"seconds_start": np.arange(len(lengths)), "seconds_total": 7.5}
     expected = conditioner.encode(ids, mask, **values)
     as_on_gpu()
-    monkeypatch.setattr(conditioner.t5, "compiles", True)
+    monkeypatch.setattr(cuda, "is_default", lambda: on_cuda)
     for a, b in zip(conditioner.encode(ids, mask, **values), expected, strict=True):
         assert mx.abs(a - b).max().item() <= 5e-6 * max(1, mx.abs(b).max().item())
+
+
+def test_for_a_gpu_it_is_compiled_once(make_folder, monkeypatch, as_on_gpu):
+    conditioner = load_parts(make_folder(), ["conditioner"]).conditioner
+    compiled, real = [], mx.compile
+    monkeypatch.setattr(mx, "compile", lambda function: compiled.append(function) or real(function))
+    as_on_gpu()
+    conditioner.compile()
+    for length in (4, 9):
+        conditioner.encode(*tokens(length), seconds_total=3)
+    assert len(compiled) == 1
+
+
+def test_what_was_compiled_for_a_gpu_is_freed(make_folder, as_on_gpu):
+    conditioner = load_parts(make_folder(), ["conditioner"]).conditioner
+    as_on_gpu()
+    conditioner.compile()
+    mx.eval(conditioner.encode(*tokens(4), seconds_total=3))
+    gone = ref(conditioner)
+    del conditioner
+    assert gone() is None
+
+
+@pytest.mark.parametrize("values", [np.arange(19, dtype=np.uint16), np.arange(3, dtype=np.float32), np.ones(1, bool)])
+def test_little_goes_to_an_nvidia_gpu_by_8_bytes_and_much_at_once(monkeypatch, values):
+    monkeypatch.setattr(cuda, "is_default", lambda: True)
+    pieces = _send(values)
+    assert max(piece.nbytes for piece in pieces) <= 8
+    assert mx.array_equal(mx.concatenate(pieces), mx.array(values))
+    assert [piece.size for piece in _send(np.ones(65, np.float32))] == [65]
+    monkeypatch.setattr(cuda, "is_default", lambda: False)
+    assert len(_send(values)) == 1
 
 
 def test_nothing_is_waited_for(conditioner, monkeypatch):

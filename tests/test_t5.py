@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from weakref import ref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -79,19 +78,33 @@ def test_states_equal_the_definition(encoder):
         assert error <= TEXT_BOUND * max(1, np.abs(expected[real]).max())
 
 
-def test_the_form_for_a_gpu_gives_the_same_and_is_compiled_once(encoder, monkeypatch, as_on_gpu):
+def test_the_form_for_a_gpu_gives_the_same(encoder, as_on_gpu):
     t5, _ = encoder
     ids = mx.array(np.random.default_rng(1).integers(0, t5.config.vocab_size, (2, 9)))
     mask = mx.arange(9) < mx.array([[9], [4]])
-    expected = [t5(ids[:, :length], mask[:, :length]) for length in (9, 5)]
-    compiled, real = [], mx.compile
-    monkeypatch.setattr(mx, "compile", lambda function: compiled.append(function) or real(function))
+    expected = t5(ids, mask)
+    mx.eval(expected)
     as_on_gpu()
-    monkeypatch.setattr(t5, "compiles", True)
-    for states in expected:
-        found = t5(ids[:, : states.shape[1]], mask[:, : states.shape[1]])
+    assert mx.abs(t5(ids, mask) - expected).max().item() <= TEXT_BOUND * max(1, mx.abs(expected).max().item())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_as_a_kernel_gives_the_same(make_folder, as_on_gpu, cuda_kernels, masked):
+    t5 = load_parts(make_folder(), ["conditioner"]).conditioner.t5
+    ids = np.random.default_rng(3).integers(0, t5.config.vocab_size, (3, 130))
+    given = []
+    for length, used in ((1, 1), (9, 1), (40, 1), (128, 1), (130, 0)):
+        real = np.arange(length) < np.array([[length], [length // 2], [0]])
+        given.append((mx.array(ids[:, :length]), mx.array(real) if masked else None, used))
+    expected = [t5(*each) for *each, _ in given]
+    mx.eval(expected)
+    as_on_gpu()
+    t5.compile()
+    for (*each, used), states in zip(given, expected, strict=True):
+        cuda_kernels.clear()
+        found = t5(*each)
         assert mx.abs(found - states).max().item() <= TEXT_BOUND * max(1, mx.abs(states).max().item())
-    assert len(compiled) == 1
+        assert cuda_kernels == ["t5_attention"] * used * t5.config.num_layers
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -131,17 +144,6 @@ def test_weights_that_are_joined_on_a_gpu_take_no_more_memory(as_on_gpu):
     as_on_gpu()
     mx.eval(t5(mx.array([[5, 6, 7]])))
     assert mx.get_active_memory() - before < t5.blocks[0].attention.key.weight.nbytes
-
-
-def test_an_encoder_that_was_compiled_for_a_gpu_is_freed(encoder, as_on_gpu):
-    config = encoder[0].config
-    t5 = T5Encoder(config)
-    t5.compiles = True
-    as_on_gpu()
-    mx.eval(t5(mx.array([[3, 4]]), mx.ones((1, 2))))
-    gone = ref(t5)
-    del t5
-    assert gone() is None
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
