@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -11,7 +11,7 @@ from math import ceil, prod
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import cuda_snake
+from . import cuda_oobleck
 from .convolution import Conv, Downsample, Upsample
 from .elementwise import sine
 from .errors import InputError
@@ -192,17 +192,6 @@ class Snake(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return x + self.magnitude * mx.square(sine(self.frequency * x))
 
-    def joined(
-        self,
-        x: mx.array,
-        bias: mx.array | None = None,
-        residual: mx.array | None = None,
-        keep: bool = False,
-        skip: int = 0,
-    ) -> tuple[mx.array | None, mx.array]:
-        """The sum of x, bias and residual, and its snake: see `cuda_snake.snake`."""
-        return cuda_snake.snake(x, bias, residual, self.frequency, self.magnitude, keep, skip)
-
 
 class ELU(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
@@ -249,20 +238,6 @@ class ResidualUnit(Sequence):
         _, _, inner, dense = self.layers
         return (x + dense(inner(y)),)
 
-    def begin_joined(
-        self, bias: mx.array, skip: int, y: mx.array, kept: mx.array | None = None
-    ) -> tuple[mx.array, ...]:
-        """As `begin` of the sum of y, bias and kept, but the convolution's bias waits for the next snake."""
-        outer, dilated, _, _ = self.layers
-        kept, y = outer.joined(y, bias, kept, keep=True, skip=skip)
-        return dilated.without_bias(y), kept
-
-    def end_joined(self, y: mx.array, kept: mx.array) -> tuple[mx.array, ...]:
-        """As `end`, but sum and bias wait for the next snake."""
-        _, dilated, inner, dense = self.layers
-        _, y = inner.joined(y, dilated.bias)
-        return dense.without_bias(y), kept
-
 
 class Encoder(Sequence):
     """Audio (B, frames, channels) to latents before the bottleneck."""
@@ -286,66 +261,25 @@ class Decoder(Sequence):
             units = (ResidualUnit(config, narrower, dilation) for dilation in _DILATIONS)
             layers.append(Sequence(_activation(config, width), Upsample(width, narrower, stride), *units))
         last = Conv(widths[-1], config.audio_channels, _KERNEL, bias=False)
-        super().__init__(*layers, _activation(config, widths[-1]), last)
-        self.final_tanh, self.use_snake, self.compiles = config.final_tanh, config.use_snake, False
-
-    def __call__(self, x: mx.array) -> mx.array:
-        state = (x,)
-        for piece in self.pieces():
-            state = piece(*state)
-        return state[0]
-
-    @property
-    def joins(self) -> bool:
-        """Whether biases and residual sums are joined with the snakes after them."""
-        return self.compiles and self.use_snake and mx.default_device() == mx.gpu
+        final = nn.Tanh() if config.final_tanh else nn.Identity()
+        super().__init__(*layers, _activation(config, widths[-1]), last, final)
 
     def pieces(self) -> Iterator[Piece]:
         """The decoder as functions to call in turn, from latents to audio: a stage's start, a half of a unit."""
-        first, *stages, snake, last = self.layers
-        ending = [last, mx.tanh] if self.final_tanh else [last]
-        if self.joins:
-            yield from self._joined_pieces(first, stages, snake, ending)
-            return
+        first, *stages, activation, last, final = self.layers
         yield partial(_through, [first])
         for stage in stages:
-            activation, up, *units = stage.layers
-            yield partial(_through, [activation, up])
+            before, up, *units = stage.layers
+            yield partial(_through, [before, up])
             for unit in units:
                 yield from (unit.begin, unit.end)
-        yield partial(_through, [snake, *ending])
-
-    def _joined_pieces(
-        self, first: Conv, stages: list[Sequence], last_snake: Snake, ending: list[Callable[[mx.array], mx.array]]
-    ) -> Iterator[Piece]:
-        """The same, but a convolution's bias and a unit's sum wait for the next snake, maybe in the next piece."""
-        yield partial(_through, [first.without_bias])
-        bias = first.bias
-        for stage in stages:
-            snake, up, *units = stage.layers
-            yield partial(_through_joined, snake, [up.without_bias], bias)
-            bias, skip = up.bias, up.padding
-            for unit in units:
-                yield from (partial(unit.begin_joined, bias, skip), unit.end_joined)
-                bias, skip = unit.layers[-1].bias, 0
-        yield partial(_through_joined, last_snake, ending, bias)
+        yield partial(_through, [activation, last, final])
 
 
 def _through(layers: list[Callable[[mx.array], mx.array]], x: mx.array) -> tuple[mx.array, ...]:
     for layer in layers:
         x = layer(x)
     return (x,)
-
-
-def _through_joined(
-    snake: Snake,
-    layers: list[Callable[[mx.array], mx.array]],
-    bias: mx.array,
-    y: mx.array,
-    kept: mx.array | None = None,
-) -> tuple[mx.array, ...]:
-    """The snake of the sum of y, bias and kept, and the layers after it."""
-    return _through(layers, snake.joined(y, bias, kept)[1])
 
 
 class Autoencoder(nn.Module):
@@ -357,14 +291,15 @@ class Autoencoder(nn.Module):
         if config.encoder:
             self.encoder = Encoder(config.encoder)
         self.decoder = Decoder(config.decoder)
+        self.compiles = False
 
     @property
     def dtype(self) -> mx.Dtype:
         return self.decoder.layers[0].weight.dtype
 
     def compile(self) -> None:
-        """Has a GPU's decoder compiled from now on."""
-        self.decoder.compiles = True
+        """Has a GPU decode by compiled pieces, an NVIDIA one by `cuda_oobleck`; they keep the weights of then."""
+        self.compiles = True
 
     def decode(self, latents: mx.array) -> mx.array:
         """Audio in float32, as the decoder emits it: not clipped. Raises InputError.
@@ -403,25 +338,23 @@ class Autoencoder(nn.Module):
         return audio
 
     def _states(self, latents: mx.array) -> Iterator[tuple[mx.array, ...]]:
-        """What each piece of decoding returns, not evaluated; the last one returns the audio alone.
-
-        After `compile`, on a GPU, compiled at the first call of each shape, with the weights as they are then.
-        """
-        compiled = self.decoder.compiles and mx.default_device() == mx.gpu
-        state = (latents,)
-        for piece in self._compiled if compiled else self._pieces():
+        """What each piece of decoding returns, not evaluated; the last one returns the audio alone."""
+        state = ((latents * self.config.scale).astype(self.dtype),)
+        for piece in self._pieces():
             state = piece(*state)
             yield state
+        audio = state[0].astype(mx.float32)
+        yield (mx.tanh(audio) if self.config.soft_clip else audio,)
+
+    def _pieces(self) -> Iterable[Piece]:
+        return self._compiled if self.compiles and mx.default_device() == mx.gpu else self.decoder.pieces()
 
     @cached_property
     def _compiled(self) -> list[Piece]:
-        return [mx.compile(piece) for piece in self._pieces()]
-
-    def _pieces(self) -> Iterator[Piece]:
         """None of them holds this module, so that it is freed together with what is compiled."""
-        yield partial(_scaled, self.config.scale, self.dtype)
-        yield from self.decoder.pieces()
-        yield partial(_finished, self.config.soft_clip)
+        if cuda_oobleck.usable(self.config.decoder):
+            return list(cuda_oobleck.pieces(self.decoder))
+        return [mx.compile(piece) for piece in self.decoder.pieces()]
 
     def encode(self, audio: mx.array, key: mx.array | None = None) -> mx.array:
         """Latents in float32: the means, or with a key a draw from N(mean, (softplus(scale) + 1e-4)²).
@@ -440,12 +373,3 @@ class Autoencoder(nn.Module):
                 deviation = nn.softplus(scale) + 1e-4
                 latents = latents + deviation * mx.random.normal(latents.shape, key=key)
         return latents / self.config.scale
-
-
-def _scaled(scale: float, dtype: mx.Dtype, latents: mx.array) -> tuple[mx.array, ...]:
-    return ((latents * scale).astype(dtype),)
-
-
-def _finished(soft_clip: bool, audio: mx.array) -> tuple[mx.array, ...]:
-    audio = audio.astype(mx.float32)
-    return (mx.tanh(audio) if soft_clip else audio,)

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_audio_native import cuda_snake
 from mlx_audio_native.config import ModelConfig, read_config_json
 from mlx_audio_native.convolution import Conv, Downsample, Upsample, convolve_by_phases, upsampling_taps
 from mlx_audio_native.errors import InputError, WeightsError
@@ -182,19 +181,18 @@ def model(request: pytest.FixtureRequest, make_folder: Callable[..., Path]) -> t
 
 @pytest.mark.parametrize("cuda", [False, True])
 def test_convolutions_of_other_devices_give_the_same(model, monkeypatch, as_on_gpu, cuda):
-    """Off the CPU mx.conv1d does the work, or with CUDA mx.conv2d by phases, and snakes are joined with sums.
+    """Off the CPU mx.conv1d does the work, or with CUDA mx.conv2d by phases.
 
-    Here both run on the CPU all the same, the snakes' kernel as its plain twin.
+    Here both run on the CPU all the same.
     """
     autoencoder, _ = model
     latents, audio = normal(3, (2, 5, 8), (2, 4 * autoencoder.config.downsampling_ratio, 2))
     runs = [(autoencoder.decode(mx.array(latents)), autoencoder.encode(mx.array(audio)))]
     as_on_gpu()
     monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(cuda_snake, "snake", cuda_snake.plain_snake)
     monkeypatch.setattr("mlx_audio_native.convolution._BY_PHASES", 1)
-    monkeypatch.setattr(autoencoder.decoder, "compiles", True)
-    assert autoencoder.decoder.joins == autoencoder.config.decoder.use_snake
+    monkeypatch.setattr("mlx_audio_native.cuda.is_default", lambda: False)
+    monkeypatch.setattr(autoencoder, "compiles", True)
     runs.append((autoencoder.decode(mx.array(latents)), autoencoder.encode(mx.array(audio))))
     for products, convolutions in zip(*runs, strict=True):
         assert close(convolutions, np.array(products, np.float64))
@@ -306,7 +304,7 @@ def test_pieces_decode_to_the_whole(model, monkeypatch, as_on_gpu, handed_over, 
     autoencoder, _ = model
     if on_gpu:
         as_on_gpu()
-        monkeypatch.setattr(autoencoder.decoder, "compiles", True)
+        monkeypatch.setattr(autoencoder, "compiles", True)
     latents = mx.array(normal(6, (2, 5, 8))[0])
     whole, sizes = autoencoder.decode_whole(latents), []
     stages = len(autoencoder.config.decoder.strides)
@@ -315,7 +313,7 @@ def test_pieces_decode_to_the_whole(model, monkeypatch, as_on_gpu, handed_over, 
         handed_over.clear()
         assert mx.array_equal(autoencoder.decode(latents), whole)
         sizes.append(len(handed_over))
-    assert sizes[0] == 0 < sizes[1] < sizes[2] == 4 + 7 * stages
+    assert sizes[0] == 0 < sizes[1] < sizes[2] == 3 + 7 * stages
 
 
 def test_no_more_than_two_pieces_are_held(model, monkeypatch, handed_over):
@@ -337,7 +335,7 @@ def test_no_more_than_two_pieces_are_held(model, monkeypatch, handed_over):
     assert not any(array() for arrays in handed_over[:-2] for array in arrays)
 
 
-def test_the_small_release_is_evaluated_by_halves_at_its_full_rate():
+def test_the_small_release_is_evaluated_piece_by_piece_at_its_full_rate():
     """In half precision, where any piece of the last stage returns as much."""
     config = ModelConfig.from_dict(release_config(SMALL), ["autoencoder"]).autoencoder
     assert 2 * config.decoded_frames(256) * config.decoder.widths[0] == _HANDED_OVER

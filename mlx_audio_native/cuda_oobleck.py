@@ -1,0 +1,184 @@
+"""The decoder for an NVIDIA GPU: one kernel of our own, product or convolution after the other, and nothing between.
+
+Each pass over the largest arrays costs as much as a product of theirs, so none is only for a bias, a sum, zeros at the
+ends or another order of frames: biases wait for the next snake, which also puts its frames where they are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from . import cuda
+
+if TYPE_CHECKING:
+    from .convolution import Conv, Upsample
+    from .oobleck import Decoder, OobleckConfig, Snake
+
+_PACK = 8  # channels that a thread computes, loaded at once
+_THREADS = 256
+_BLOCK = 8  # frames that the last convolution computes at once: of 2 channels alone it is 3 times as slow
+
+# a thread for each pack of the result, blockIdx.y is the signal that it lies in
+_SOURCE = """
+  struct alignas(8 * sizeof(T)) Pack { T v[8]; };
+  const unsigned int rows = sizes[0], frames = sizes[1], skip = sizes[2], from = sizes[3], to = sizes[4];
+  const bool pairs = sizes[5];
+  const unsigned int width = frequency_shape[0] / 8;
+  const unsigned int index = blockIdx.x * blockDim.x + threadIdx.x;
+  const unsigned int row = index / width;
+  const unsigned int column = index % width;
+  if (row >= rows) return;
+  const unsigned int clip = blockIdx.y / to;
+  // each frame is in two pairs, that is twice in a row; before the first it wraps to a number past all
+  const unsigned int frame = pairs ? (row + 1) / 2 - 1 : row * to + blockIdx.y % to;
+  Pack result;
+  #pragma unroll
+  for (int i = 0; i < 8; i++) result.v[i] = static_cast<T>(0.0f);
+  if (frame < frames) {
+    const size_t source = (size_t)(clip * from + frame % from) * x_shape[1] + skip + frame / from;
+    const Pack given = reinterpret_cast<const Pack*>(x)[source * width + column];
+    const Pack shift = reinterpret_cast<const Pack*>(bias)[column];
+    const Pack frequencies = reinterpret_cast<const Pack*>(frequency)[column];
+    const Pack magnitudes = reinterpret_cast<const Pack*>(magnitude)[column];
+    #pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const float s = static_cast<float>(given.v[i]) + static_cast<float>(shift.v[i]);
+      const float angle = static_cast<float>(frequencies.v[i]) * s;
+      const float w = sizeof(T) == 4 ? sinf(angle) : __sinf(angle);  // its error is far below a half type's rounding
+      result.v[i] = static_cast<T>(s + static_cast<float>(magnitudes.v[i]) * w * w);
+    }
+  }
+  reinterpret_cast<Pack*>(out)[((size_t)blockIdx.y * rows + row) * width + column] = result;
+"""
+
+
+def usable(config: OobleckConfig) -> bool:
+    """Whether arrays are computed on an NVIDIA GPU, and the kernel can do it."""
+    return cuda.is_default() and config.use_snake and all(width % _PACK == 0 for width in config.widths)
+
+
+def pieces(decoder: Decoder) -> Iterator[Callable[..., tuple[mx.array, ...]]]:
+    """As `decoder.pieces`, each a single operation; of the weights as they are now."""
+    first, *stages, last_snake, last, final = decoder.layers
+    yield partial(_convolved, first)
+    bias = first.bias
+    for stage in stages:
+        before, up, *units = stage.layers
+        yield partial(_alone, before, bias, pairs=True)
+        yield partial(_upsampled, up)
+        bias, skip = up.bias, up.padding
+        for unit in units:
+            outer, dilated, inner, dense = unit.layers
+            yield partial(_entered, outer, bias, skip, dilated.dilation)
+            yield partial(_convolved, dilated)
+            yield partial(_activated, inner, dilated.bias, dilated.dilation)
+            yield partial(_summed, dense)
+            # what goes on is still without them
+            bias, skip = bias + dense.bias, 0
+    yield partial(_alone, last_snake, bias)
+    yield partial(_ended, last.weight, in_blocks(last.weight), final)
+
+
+def _convolved(conv: Conv, x: mx.array, *kept: mx.array) -> tuple[mx.array, ...]:
+    """Without bias, and of signals that need no dilation."""
+    return mx.conv1d(x, conv.weight, padding=conv.weight.shape[1] // 2), *kept
+
+
+def _alone(layer: Snake, bias: mx.array, y: mx.array, pairs: bool = False) -> tuple[mx.array]:
+    return (snake(layer, y, bias, y.shape[1], pairs=pairs),)
+
+
+def _upsampled(up: Upsample, pairs: mx.array) -> tuple[mx.array]:
+    """With too many frames at both ends."""
+    y = pairs @ up.weight.reshape(len(up.weight), -1).T
+    return (y.reshape(len(y), -1, len(up.bias)),)
+
+
+def _entered(layer: Snake, bias: mx.array, skip: int, dilation: int, y: mx.array) -> tuple[mx.array, mx.array]:
+    kept = y[:, skip : y.shape[1] - skip]
+    return snake(layer, y, bias, kept.shape[1], to=dilation), kept
+
+
+def _activated(layer: Snake, bias: mx.array, dilation: int, y: mx.array, kept: mx.array) -> tuple[mx.array, mx.array]:
+    return snake(layer, y, bias, kept.shape[1], start=dilation), kept
+
+
+def _summed(dense: Conv, x: mx.array, kept: mx.array) -> tuple[mx.array]:
+    # by a weight of three axes, since of two MLX would copy a `kept` that is not contiguous
+    return (mx.addmm(kept, x, dense.weight.transpose(1, 2, 0)),)
+
+
+def _ended(weight: mx.array, blocked: mx.array, final: Callable[[mx.array], mx.array], x: mx.array) -> tuple[mx.array]:
+    batch, frames, channels = x.shape
+    if frames % _BLOCK:
+        return (final(mx.conv1d(x, weight, padding=weight.shape[1] // 2)),)
+    y = mx.conv1d(x.reshape(batch, frames // _BLOCK, _BLOCK * channels), blocked, padding=1)
+    return (final(y.reshape(batch, frames, -1)),)
+
+
+def in_blocks(weight: mx.array) -> mx.array:
+    """A kernel (out, taps, in) as one of three blocks of frames: (frames · out, 3, frames · in)."""
+    outputs, taps, inputs = weight.shape
+    shifts = range(_BLOCK - taps // 2, 2 * _BLOCK - taps // 2)
+    shifted = [mx.pad(weight, ((0, 0), (shift, 3 * _BLOCK - taps - shift), (0, 0))) for shift in shifts]
+    return mx.stack(shifted).reshape(_BLOCK * outputs, 3, _BLOCK * inputs)
+
+
+def snake(
+    layer: Snake, x: mx.array, bias: mx.array, frames: int, start: int = 1, to: int = 1, pairs: bool = False
+) -> mx.array:
+    """The snake of x + bias, from `start` signals a clip to `to` of them.
+
+    A clip's n signals (n, ceil(frames / n), C) are of every n-th frame each, with zeros where these are out: a dilated
+    convolution of the clip is a plain one of them.
+
+    Args:
+        x: (B·start, rows, C); one signal may have more than `frames`: as many at both ends are not heard.
+        bias: (C,).
+        pairs: each frame beside the one after it, zeros before the first and after the last: (B, frames + 1, 2·C).
+    """
+    signals, given, channels = x.shape
+    batch = signals // start
+    rows = 2 * (frames + 1) if pairs else -(-frames // to)
+    sizes = _sizes(rows, frames, max(given - frames, 0) // 2, start, to, pairs)
+    inputs = {"x": x, "bias": bias, "frequency": layer.frequency, "magnitude": layer.magnitude, "sizes": sizes}
+    (made,) = cuda.build("snake", tuple(inputs), ("out",), _SOURCE)(
+        inputs=list(inputs.values()),
+        template=[("T", x.dtype)],
+        grid=(rows * channels // _PACK, batch * to, 1),
+        threadgroup=(_THREADS, 1, 1),
+        output_shapes=[(batch, frames + 1, 2 * channels) if pairs else (batch * to, rows, channels)],
+        output_dtypes=[x.dtype],
+    )
+    return made
+
+
+@lru_cache(1024)
+def _sizes(*sizes: int) -> mx.array:
+    """Kept, since what the host writes anew has to be moved to the GPU anew."""
+    return mx.array(sizes, mx.uint32)
+
+
+def plain_snake(
+    layer: Snake, x: mx.array, bias: mx.array, frames: int, start: int = 1, to: int = 1, pairs: bool = False
+) -> mx.array:
+    """As `snake`, on any device."""
+    x = _divided(x.reshape(-1, x.shape[1] * start, x.shape[2]), x.shape[1])
+    skip = max(x.shape[1] - frames, 0) // 2 if start == 1 else 0
+    y = layer(x[:, skip : skip + frames] + bias)
+    if pairs:
+        y = mx.pad(y, ((0, 0), (1, 1), (0, 0)))
+        return mx.concatenate([y[:, :-1], y[:, 1:]], axis=-1)
+    rows = -(-frames // to)
+    y = mx.pad(y, ((0, 0), (0, rows * to - frames), (0, 0)))
+    return _divided(y, to).reshape(-1, rows, y.shape[2])
+
+
+def _divided(x: mx.array, parts: int) -> mx.array:
+    """Each clip's every `parts`-th frame from the first on, then from the second."""
+    batch, frames, channels = x.shape
+    return x.reshape(batch, frames // parts, parts, channels).swapaxes(1, 2).reshape(x.shape)
