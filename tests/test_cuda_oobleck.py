@@ -130,6 +130,7 @@ def test_decoding_by_kernels_equals_decoding(autoencoder, cuda_kernels, monkeypa
 
 def test_what_no_kernel_computes(monkeypatch, autoencoder):
     config = autoencoder.config.decoder
+    monkeypatch.setattr(cuda, "is_default", lambda: False)
     assert not cuda_oobleck.usable(config)
     monkeypatch.setattr(cuda, "is_default", lambda: True)
     assert cuda_oobleck.usable(config)

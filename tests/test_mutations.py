@@ -64,12 +64,16 @@ def pi_in_half_precision(edits: Edits) -> None:
 
 
 def mask_over_channels(edits: Edits) -> None:
-    def encode(self, ids, mask):
-        ids, mask, length = mx.array(ids), mx.array(mask), self.config.prompt.max_length
-        states = self.project_out(self.t5(ids, mask)[:, :length])
-        return states * mask[:, None, :length], mask[:, :length].astype(mx.float32)
+    encode = conditioning.Conditioner.encode
 
-    edits.patch.setattr(conditioning.Conditioner, "_encode_text", encode)
+    def mutated(self, ids, mask, **numbers):
+        encoded, length = encode(self, ids, mask, **numbers), self.config.prompt.max_length
+        assert self.config.cross_attention_ids[0] == self.config.prompt.id
+        ids, mask = mx.array(ids), mx.array(mask)
+        text = self.project_out(self.t5(ids, mask)[:, :length]) * mask[:, None, :length]
+        return encoded._replace(cross_attention=mx.concatenate([text, encoded.cross_attention[:, length:]], axis=1))
+
+    edits.patch.setattr(conditioning.Conditioner, "encode", mutated)
 
 
 def encode_length_64_for_128(edits: Edits) -> None:
