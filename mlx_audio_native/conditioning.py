@@ -153,8 +153,9 @@ class NumberEmbedder(nn.Module):
     def normalise(self, values: Any) -> np.ndarray:
         """Numbers (B,) to x. By NumPy: on a GPU an operation on these few takes as long as on a whole embedding."""
         config = self.config
-        x = _as_numpy(values).astype(np.float32).clip(config.min, config.max) - config.min
-        return x / (config.max - config.min) if config.scale is None else x * config.scale
+        with np.errstate(over="ignore"):  # a config's bounds may be beyond float32
+            x = _as_numpy(values).astype(np.float32).clip(config.min, config.max) - config.min
+            return x / (config.max - config.min) if config.scale is None else x * config.scale
 
     def embed(self, x: mx.array) -> mx.array:
         config, x = self.config, x[:, None]

@@ -21,7 +21,6 @@ def capability() -> int:
     return mx.device_info().get("compute_capability_major", 0)
 
 
-@cache
 def processors() -> int:
     """How many streaming multiprocessors the GPU has, which MLX does not pass on; 0 if the driver does not tell."""
     attribute, value = 16, ctypes.c_int()  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT

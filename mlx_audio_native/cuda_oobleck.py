@@ -1,4 +1,4 @@
-"""The decoder for an NVIDIA GPU: one kernel of our own, product or convolution after the other, and nothing between.
+"""The decoder for an NVIDIA GPU: kernels of our own, products and convolutions, and no pass over arrays between them.
 
 Each pass over the largest arrays costs as much as a product of theirs, so none is only for a bias, a sum, zeros at the
 ends or another order of frames: biases wait for the next snake, which also puts its frames where they are wanted.
@@ -15,7 +15,6 @@ import mlx.core as mx
 from . import cuda
 
 if TYPE_CHECKING:
-    from .convolution import Conv, Upsample
     from .oobleck import Decoder, OobleckConfig, Snake
 
 _PACK = 8  # channels that a thread computes, loaded at once
@@ -62,54 +61,58 @@ def usable(config: OobleckConfig) -> bool:
 
 
 def pieces(decoder: Decoder) -> Iterator[Callable[..., tuple[mx.array, ...]]]:
-    """As `decoder.pieces`, each a single operation; of the weights as they are now."""
+    """As `decoder.pieces`, an operation or two each; of the weights as they are now."""
     first, *stages, last_snake, last, final = decoder.layers
-    yield partial(_convolved, first)
+    yield partial(_convolved, first.weight)
     bias = first.bias
     for stage in stages:
         before, up, *units = stage.layers
-        yield partial(_alone, before, bias, pairs=True)
-        yield partial(_upsampled, up)
+        yield partial(_alone, _parameters(before, bias), pairs=True)
+        yield partial(_upsampled, up.weight, len(up.bias))
         bias, skip = up.bias, up.padding
         for unit in units:
             outer, dilated, inner, dense = unit.layers
-            yield partial(_entered, outer, bias, skip, dilated.dilation)
-            yield partial(_convolved, dilated)
-            yield partial(_activated, inner, dilated.bias, dilated.dilation)
-            yield partial(_summed, dense)
+            yield partial(_entered, _parameters(outer, bias), skip, dilated.dilation)
+            yield partial(_convolved, dilated.weight)
+            yield partial(_activated, _parameters(inner, dilated.bias), dilated.dilation)
+            yield partial(_summed, dense.weight)
             # what goes on is still without them
             bias, skip = bias + dense.bias, 0
-    yield partial(_alone, last_snake, bias)
+    yield partial(_alone, _parameters(last_snake, bias))
     yield partial(_ended, last.weight, in_blocks(last.weight), final)
 
 
-def _convolved(conv: Conv, x: mx.array, *kept: mx.array) -> tuple[mx.array, ...]:
+def _parameters(layer: Snake, bias: mx.array) -> dict[str, mx.array]:
+    return {"bias": bias, "frequency": layer.frequency, "magnitude": layer.magnitude}
+
+
+def _convolved(weight: mx.array, x: mx.array, *kept: mx.array) -> tuple[mx.array, ...]:
     """Without bias, and of signals that need no dilation."""
-    return mx.conv1d(x, conv.weight, padding=conv.weight.shape[1] // 2), *kept
+    return mx.conv1d(x, weight, padding=weight.shape[1] // 2), *kept
 
 
-def _alone(layer: Snake, bias: mx.array, y: mx.array, pairs: bool = False) -> tuple[mx.array]:
-    return (snake(layer, y, bias, y.shape[1], pairs=pairs),)
+def _alone(parameters: dict[str, mx.array], y: mx.array, pairs: bool = False) -> tuple[mx.array]:
+    return (snake(y, **parameters, frames=y.shape[1], pairs=pairs),)
 
 
-def _upsampled(up: Upsample, pairs: mx.array) -> tuple[mx.array]:
+def _upsampled(weight: mx.array, channels: int, pairs: mx.array) -> tuple[mx.array]:
     """With too many frames at both ends."""
-    y = pairs @ up.weight.reshape(len(up.weight), -1).T
-    return (y.reshape(len(y), -1, len(up.bias)),)
+    y = pairs @ weight.reshape(len(weight), -1).T
+    return (y.reshape(len(y), -1, channels),)
 
 
-def _entered(layer: Snake, bias: mx.array, skip: int, dilation: int, y: mx.array) -> tuple[mx.array, mx.array]:
+def _entered(parameters: dict[str, mx.array], skip: int, dilation: int, y: mx.array) -> tuple[mx.array, mx.array]:
     kept = y[:, skip : y.shape[1] - skip]
-    return snake(layer, y, bias, kept.shape[1], to=dilation), kept
+    return snake(y, **parameters, frames=kept.shape[1], to=dilation), kept
 
 
-def _activated(layer: Snake, bias: mx.array, dilation: int, y: mx.array, kept: mx.array) -> tuple[mx.array, mx.array]:
-    return snake(layer, y, bias, kept.shape[1], start=dilation), kept
+def _activated(parameters: dict[str, mx.array], dilation: int, y: mx.array, kept: mx.array) -> tuple[mx.array, ...]:
+    return snake(y, **parameters, frames=kept.shape[1], start=dilation), kept
 
 
-def _summed(dense: Conv, x: mx.array, kept: mx.array) -> tuple[mx.array]:
+def _summed(weight: mx.array, x: mx.array, kept: mx.array) -> tuple[mx.array]:
     # by a weight of three axes, since of two MLX would copy a `kept` that is not contiguous
-    return (mx.addmm(kept, x, dense.weight.transpose(1, 2, 0)),)
+    return (mx.addmm(kept, x, weight.transpose(1, 2, 0)),)
 
 
 def _ended(weight: mx.array, blocked: mx.array, final: Callable[[mx.array], mx.array], x: mx.array) -> tuple[mx.array]:
@@ -129,23 +132,30 @@ def in_blocks(weight: mx.array) -> mx.array:
 
 
 def snake(
-    layer: Snake, x: mx.array, bias: mx.array, frames: int, start: int = 1, to: int = 1, pairs: bool = False
+    x: mx.array,
+    bias: mx.array,
+    frequency: mx.array,
+    magnitude: mx.array,
+    frames: int,
+    start: int = 1,
+    to: int = 1,
+    pairs: bool = False,
 ) -> mx.array:
-    """The snake of x + bias, from `start` signals a clip to `to` of them.
+    """The `Snake` of x + bias, from `start` signals a clip to `to` of them.
 
     A clip's n signals (n, ceil(frames / n), C) are of every n-th frame each, with zeros where these are out: a dilated
     convolution of the clip is a plain one of them.
 
     Args:
         x: (B·start, rows, C); one signal may have more than `frames`: as many at both ends are not heard.
-        bias: (C,).
+        bias, frequency, magnitude: (C,).
         pairs: each frame beside the one after it, zeros before the first and after the last: (B, frames + 1, 2·C).
     """
     signals, given, channels = x.shape
     batch = signals // start
     rows = 2 * (frames + 1) if pairs else -(-frames // to)
     sizes = _sizes(rows, frames, max(given - frames, 0) // 2, start, to, pairs)
-    inputs = {"x": x, "bias": bias, "frequency": layer.frequency, "magnitude": layer.magnitude, "sizes": sizes}
+    inputs = {"x": x, "bias": bias, "frequency": frequency, "magnitude": magnitude, "sizes": sizes}
     (made,) = cuda.build("snake", tuple(inputs), ("out",), _SOURCE)(
         inputs=list(inputs.values()),
         template=[("T", x.dtype)],
@@ -161,24 +171,3 @@ def snake(
 def _sizes(*sizes: int) -> mx.array:
     """Kept, since what the host writes anew has to be moved to the GPU anew."""
     return mx.array(sizes, mx.uint32)
-
-
-def plain_snake(
-    layer: Snake, x: mx.array, bias: mx.array, frames: int, start: int = 1, to: int = 1, pairs: bool = False
-) -> mx.array:
-    """As `snake`, on any device."""
-    x = _divided(x.reshape(-1, x.shape[1] * start, x.shape[2]), x.shape[1])
-    skip = max(x.shape[1] - frames, 0) // 2 if start == 1 else 0
-    y = layer(x[:, skip : skip + frames] + bias)
-    if pairs:
-        y = mx.pad(y, ((0, 0), (1, 1), (0, 0)))
-        return mx.concatenate([y[:, :-1], y[:, 1:]], axis=-1)
-    rows = -(-frames // to)
-    y = mx.pad(y, ((0, 0), (0, rows * to - frames), (0, 0)))
-    return _divided(y, to).reshape(-1, rows, y.shape[2])
-
-
-def _divided(x: mx.array, parts: int) -> mx.array:
-    """Each clip's every `parts`-th frame from the first on, then from the second."""
-    batch, frames, channels = x.shape
-    return x.reshape(batch, frames // parts, parts, channels).swapaxes(1, 2).reshape(x.shape)

@@ -283,11 +283,11 @@ class Block(nn.Module):
         x = self.cross_attention(x, self.cross_norm(x), keys_values)
         return self.ff(x, self.ff_norm(x))
 
-    @property
-    def by_one_kernel(self) -> bool:
+    def fits_kernel(self, dtype: mx.Dtype) -> bool:
+        """Whether `cuda_dit.block` can do it for rows of this dtype."""
         own, cross, ff = self.self_attention, self.cross_attention, self.ff
         plain = is_plain(own.to_qkv, own.to_out, cross.to_q, cross.to_out) and isinstance(ff.proj_out, nn.Linear)
-        return own.by_kernels and plain and ff.proj_out.weight.shape[1] % 64 == 0
+        return own.by_kernels and plain and own.to_out.weight.dtype == dtype and ff.proj_out.weight.shape[1] % 64 == 0
 
     def attend_by_kernel(
         self,
@@ -394,8 +394,9 @@ class DiT(nn.Module):
         x = self.project_in(add_dense(x, self.preprocess, x)).reshape(batch, -1, self.config.embed_dim)
         token = global_embed + self.embed_time(t)
         x = mx.concatenate([token[:, None, :], x], axis=1).flatten(0, 1)
-        if cuda_dit.is_small(x) and all(block.by_one_kernel for block in self.blocks):
-            x = self._by_kernels(x, keys_values, cuda_dit.arrivals(t))
+        fits = keys_values[0][0].ndim == 3 and all(block.fits_kernel(x.dtype) for block in self.blocks)
+        if fits and cuda_dit.prefers_block(x):
+            x = self._by_kernels(x, keys_values, cuda_dit.zero_arrivals(t))
         else:
             for block, own in zip(self.blocks, keys_values, strict=True):
                 x = block(x, own)

@@ -19,14 +19,16 @@ int current, remaining;
 std::function<void()> kernel_call;
 void enter(int fibre);
 
+// Who waits lets the next thread of its block go on: a block runs ahead of the others as far as it can.
 struct Gate {
   int size = 32, here = 0, turn = 0;
+  bool of_blocks = false;
   void wait() {
-    const int mine = turn;
+    const int mine = turn, threads = blockDim.x;
     if (++here == size) { here = 0; turn++; return; }
     while (turn == mine) {
-      const int from = current;
-      enter((current + 1) % fibres.size());
+      const int from = current, place = from % threads;
+      enter(of_blocks ? (from + threads) % fibres.size() : from - place + (place + 1) % threads);
       if (current != from) swapcontext(&fibres[from], &fibres[current]);
     }
   }
@@ -60,7 +62,11 @@ void fibre() {
   kernel_call();
   block->gate.wait();
   if (--remaining == 0) setcontext(&home);
-  for (Gate never{1 << 30};;) never.wait();
+  for (;;) {
+    const int from = current;
+    enter((from + 1) % fibres.size());
+    swapcontext(&fibres[from], &fibres[current]);
+  }
 }
 
 // All of them at a time, or one after the other.
@@ -75,7 +81,8 @@ void run_blocks(unsigned columns, unsigned rows, int threads, int shared, bool t
   fibres.resize(at_a_time * threads);
   copies.resize(fibres.size());
   groups.resize(fibres.size());
-  gate_of_all.size = fibres.size();
+  gate_of_all.size = at_a_time;
+  gate_of_all.of_blocks = true;
   for (Threads& each : blocks) {
     each.gate.size = threads;
     each.shared.assign(shared + 128, 0xff);  // not a number wherever it is not written
@@ -101,7 +108,11 @@ void run_blocks(unsigned columns, unsigned rows, int threads, int shared, bool t
 #define __noinline__
 using std::max, std::min;
 inline void __syncthreads() { block->gate.wait(); }
-inline void wait_for_all(const unsigned*) { gate_of_all.wait(); }
+inline void wait_for_all(const unsigned*) {
+  __syncthreads();
+  if (threadIdx.x == 0) gate_of_all.wait();
+  __syncthreads();
+}
 inline float __sinf(float x) { return std::sin(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline int lane() { return threadIdx.x % 32; }

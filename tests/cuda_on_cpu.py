@@ -9,8 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_audio_native import cuda_dit
-
+GUARD = 256  # bytes
 TYPES = {mx.float16: "_Float16", mx.float32: "float", mx.uint32: "unsigned"}
 
 
@@ -33,7 +32,7 @@ def build(folder: Path) -> Callable[..., Callable[..., list[mx.array]]]:
             ]
             blocks = [-(-size // group) for size, group in zip(grid, threadgroup, strict=True)]
             text = f"""#include "{Path(__file__).with_suffix(".h")}"
-{header.removeprefix(cuda_dit._HARDWARE)}
+{header}
 void kernel({", ".join(parameters)}) {{
 {chr(10).join(constants)}
 {source.replace("extern __shared__ __align__(128) unsigned char memory[];", "")}}}
@@ -46,7 +45,7 @@ extern "C" void run(void** data, const int* shapes) {{
                 np.full(shape, np.nan, np.float16 if dtype == mx.float16 else np.float32)
                 for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
             ]
-            run(library(text), [np.array(array) for array in inputs] + made)
+            run(library(text), [np.array(array, order="C") for array in inputs] + made)
             return [mx.array(array) for array in made]
 
         input_names = inputs
@@ -64,6 +63,13 @@ extern "C" void run(void** data, const int* shapes) {{
 
 
 def run(library: Path, arrays: Sequence[np.ndarray]) -> None:
-    pointers = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+    """With guards around the arrays, which nothing may write to."""
+    guarded = [np.full(array.nbytes + 2 * GUARD, 0xA5, np.uint8) for array in arrays]
+    for buffer, array in zip(guarded, arrays, strict=True):
+        buffer[GUARD:-GUARD] = array.reshape(-1).view(np.uint8)
+    pointers = (ctypes.c_void_p * len(arrays))(*(buffer.ctypes.data + GUARD for buffer in guarded))
     sizes = sum(((*array.shape, 1, 1, 1)[:4] for array in arrays), ())
     ctypes.CDLL(str(library)).run(pointers, (ctypes.c_int * len(sizes))(*sizes))
+    for buffer, array in zip(guarded, arrays, strict=True):
+        assert (buffer[:GUARD] == 0xA5).all() and (buffer[-GUARD:] == 0xA5).all()
+        array.reshape(-1).view(np.uint8)[:] = buffer[GUARD:-GUARD]

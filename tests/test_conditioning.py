@@ -132,6 +132,20 @@ def test_the_form_for_a_gpu_gives_the_same(conditioner, monkeypatch, as_on_gpu, 
         assert mx.abs(a - b).max().item() <= 5e-6 * max(1, mx.abs(b).max().item())
 
 
+@pytest.mark.parametrize("lengths", [(9,), (4, 9)], ids=str)
+def test_what_is_compiled_for_a_gpu_gives_the_same(make_folder, monkeypatch, lengths):
+    conditioner = load_parts(make_folder(), ["conditioner"]).conditioner
+    ids, mask = tokens(*lengths)
+    values = {"seconds_total": np.arange(len(lengths)) + 3.5}
+    expected = conditioner.encode(ids, mask, **values)
+    mx.eval(expected)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    conditioner.compile()
+    for _ in range(2):  # traced, and from what was traced
+        for a, b in zip(conditioner.encode(ids, mask, **values), expected, strict=True):
+            assert mx.abs(a - b).max().item() <= 5e-6 * max(1, mx.abs(b).max().item())
+
+
 def test_for_a_gpu_it_is_compiled_once(make_folder, monkeypatch, as_on_gpu):
     conditioner = load_parts(make_folder(), ["conditioner"]).conditioner
     compiled, real = [], mx.compile

@@ -54,8 +54,10 @@ def check_dit(config: DiTConfig, batch: int, latents: int, tokens: int) -> None:
 SINGLE = ["prepare_heads", "attention", "prepare_heads", "attention", "swiglu"]
 
 
-def test_few_rows_take_one_kernel(cuda_kernels: list[str]) -> None:
-    check_dit(replace(CONFIG, depth=2, ff_dim=128), batch=2, latents=20, tokens=5)
+@pytest.mark.parametrize("processors", [1, 3])
+def test_few_rows_take_one_kernel(cuda_kernels: list[str], monkeypatch: pytest.MonkeyPatch, processors: int) -> None:
+    monkeypatch.setattr(cuda, "processors", lambda: processors)
+    check_dit(replace(CONFIG, depth=2, ff_dim=512), batch=2, latents=40, tokens=5)
     assert cuda_kernels == ["block", "block", "swiglu"]
 
 
@@ -63,6 +65,24 @@ def test_many_rows_take_the_library_between_kernels(cuda_kernels: list[str], mon
     monkeypatch.setattr(cuda_dit, "_FEW_ROWS", 0)
     check_dit(CONFIG, batch=2, latents=20, tokens=5)
     assert cuda_kernels == SINGLE
+
+
+def test_what_was_prepared_before_compiling_serves(cuda_kernels: list[str]) -> None:
+    dit = random_dit(CONFIG)
+    dit.update(tree_map(lambda array: array.astype(mx.float16), dit.parameters()))
+    x, t = mx.random.normal((1, 9, CONFIG.io_channels), key=mx.random.key(1)), mx.array([0.5])
+    prepared = dit.prepare(mx.random.normal((1, 70, CONFIG.cond_token_dim), key=mx.random.key(2)), mx.ones((1, 64)))
+    expected = np.array(dit.velocity(x, t, prepared))
+    dit.compile()
+    found = np.array(dit._velocity(x, t, *prepared))
+    assert "block" not in cuda_kernels
+    assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < 2e-3
+
+
+@pytest.mark.parametrize("t", [0.5, np.nan])
+def test_arrivals_are_zeros_that_do_not_lie_in_memory_of_the_host(t: float) -> None:
+    arrivals = cuda_dit.zero_arrivals(mx.array([t]))
+    assert arrivals.dtype == mx.uint32 and arrivals.nbytes > 8 and not mx.any(arrivals).item()
 
 
 @pytest.mark.slow
