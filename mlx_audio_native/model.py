@@ -32,7 +32,7 @@ from .windows import close_loop, render_long
 
 DEMO = Path(__file__).parent / "demo"
 log = logging.getLogger(__name__)
-_KEPT = 2**32  # bytes; to take a decoder's memory from CUDA's driver anew costs half as long as to decode
+_KEPT = 2**32  # bytes at least; to take a decoder's memory from CUDA's driver anew costs half as long as to decode
 
 
 class Model:
@@ -288,12 +288,16 @@ def evaluated(states: Iterator[State]) -> Iterator[State]:
     yield previous
 
 
-@cache
 def _bound_cache() -> None:
-    """Once a process; a lower limit that somebody else set stays."""
+    """To as much as was in use at once; a lower limit that somebody else set stays."""
+    mx.set_cache_limit(min(_first_cache_limit(), max(_KEPT, mx.get_peak_memory())))
+
+
+@cache
+def _first_cache_limit() -> int:
     limit = mx.set_cache_limit(_KEPT)
-    if limit < _KEPT:
-        mx.set_cache_limit(limit)
+    mx.set_cache_limit(limit)
+    return limit
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,6 +23,8 @@ _KERNEL = 7
 _AT_ONCE = 2**19  # audio frames to decode at a time: 256 latent frames of stable-audio-open, the small one's window
 _LARGEST = 2**30  # bytes of the largest array in decoding: 8 such windows in half precision; more clips are in groups
 _HANDED_OVER = 2**27  # bytes that pieces of decoding return until they are evaluated; whole short clips return less
+_HELD = 5 * 2**27  # bytes over which decoding waits for what is due to be freed,
+_PATIENCE = 2e-4  # but so many seconds at most: the GPU is busy with one piece meanwhile
 
 # takes the arrays that the one before it returned
 Piece = Callable[..., tuple[mx.array, ...]]
@@ -321,13 +324,17 @@ class Autoencoder(nn.Module):
 
     def _evaluated(self, latents: mx.array, kept: slice) -> mx.array:
         """Some pieces at a time, handed over while those before are computed: MLX takes memory for all that it has."""
-        begun, size = (), 0
+        begun, size, most = (), 0, mx.get_active_memory() + _HELD
         for state in self._states(latents):
             size += sum(array.nbytes for array in state)
             if size >= _HANDED_OVER:
                 mx.async_eval(state)
                 mx.eval(begun)
                 begun, size = state, 0
+                # a thread of MLX frees what was computed, sometimes some pieces later
+                late = time.perf_counter() + _PATIENCE
+                while mx.get_active_memory() > most and time.perf_counter() < late:
+                    time.sleep(0)
         audio = mx.contiguous(state[0][:, kept])
         mx.eval(audio)
         return audio

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_audio_native import load
+from mlx_audio_native import load, model
 from mlx_audio_native.errors import InputError, MlxAudioError
 
 PROMPTS = ["kick drum", "saw bass lead, rising", "sine"]
@@ -351,3 +351,17 @@ def test_stages_are_logged(small_model, caplog):
     with caplog.at_level(logging.INFO, "mlx_audio_native"):
         small_model.generate("kick", seconds=1, steps=1)
     assert [message.split("  ")[0] for message in caplog.messages] == ["text and seconds", "sampling", "decoding"]
+
+
+@pytest.mark.parametrize(
+    ("before", "peak", "after"), [(2**40, 2**30, 2**32), (2**40, 2**33, 2**33), (2**20, 2**33, 2**20)]
+)
+def test_on_an_nvidia_gpu_as_much_memory_stays_as_was_in_use(monkeypatch, before, peak, after):
+    """But never more than somebody else allows."""
+    limits = [before]
+    monkeypatch.setattr(mx, "set_cache_limit", lambda limit: limits.append(limit) or limits[-2])
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: peak)
+    model._first_cache_limit.cache_clear()
+    model._bound_cache()
+    assert limits[-1] == after
+    model._first_cache_limit.cache_clear()

@@ -335,6 +335,27 @@ def test_no_more_than_two_pieces_are_held(model, monkeypatch, handed_over):
     assert not any(array() for arrays in handed_over[:-2] for array in arrays)
 
 
+@pytest.mark.parametrize("freed", [0, 2])
+def test_it_waits_for_memory_that_is_due_but_not_for_long(model, monkeypatch, handed_over, freed):
+    """`freed` is how often there is too much before there is not."""
+    autoencoder, _ = model
+    latents = mx.array(normal(6, (1, 5, 8))[0])
+    expected, asked = autoencoder.decode(latents), []
+    monkeypatch.setattr("mlx_audio_native.oobleck._HANDED_OVER", 1)
+    monkeypatch.setattr("mlx_audio_native.oobleck._PATIENCE", 60)
+
+    def active() -> int:
+        asked.append(0)
+        return 2**40 if 1 < len(asked) <= 1 + freed else 0
+
+    monkeypatch.setattr(mx, "get_active_memory", active)
+    assert mx.array_equal(autoencoder.decode(latents), expected)
+    assert len(asked) == 1 + freed + len(handed_over)
+    monkeypatch.setattr("mlx_audio_native.oobleck._PATIENCE", 0)
+    monkeypatch.setattr("mlx_audio_native.oobleck._HELD", -(2**40))
+    assert mx.array_equal(autoencoder.decode(latents), expected)
+
+
 def test_the_small_release_is_evaluated_piece_by_piece_at_its_full_rate():
     """In half precision, where any piece of the last stage returns as much."""
     config = ModelConfig.from_dict(release_config(SMALL), ["autoencoder"]).autoencoder
