@@ -32,7 +32,7 @@ from .windows import close_loop, render_long
 
 DEMO = Path(__file__).parent / "demo"
 log = logging.getLogger(__name__)
-_KEPT = 2**32  # bytes at least; to take a decoder's memory from CUDA's driver anew costs half as long as to decode
+_kept = 2**32  # bytes, growing; to take a decoder's memory from CUDA's driver anew costs half as long as to decode
 
 
 class Model:
@@ -290,14 +290,13 @@ def evaluated(states: Iterator[State]) -> Iterator[State]:
 
 def _bound_cache() -> None:
     """To as much as was in use at once; a lower limit that somebody else set stays."""
-    mx.set_cache_limit(min(_first_cache_limit(), max(_KEPT, mx.get_peak_memory())))
-
-
-@cache
-def _first_cache_limit() -> int:
-    limit = mx.set_cache_limit(_KEPT)
-    mx.set_cache_limit(limit)
-    return limit
+    global _kept
+    limit = max(_kept, mx.get_peak_memory())
+    before = mx.set_cache_limit(limit)
+    if before < _kept:
+        mx.set_cache_limit(before)
+    else:
+        _kept = limit
 
 
 @contextmanager
