@@ -22,8 +22,8 @@ _DILATIONS = (1, 3, 9)
 _KERNEL = 7
 _AT_ONCE = 2**19  # audio frames to decode at a time: 256 latent frames of stable-audio-open, the small one's window
 _LARGEST = 2**30  # bytes of the largest array in decoding: 8 such windows in half precision; more clips are in groups
-_HANDED_OVER = 2**27  # bytes that pieces of decoding return until they are evaluated; whole short clips return less
-_HELD = 5 * 2**27  # bytes over which decoding waits for what is due to be freed,
+_HANDED_OVER = 2**27  # bytes at least that pieces of decoding return until they are evaluated; short clips return less
+_HELD = 5  # times so much in use, and decoding waits for what is due to be freed,
 _PATIENCE = 2e-4  # but so many seconds at most: the GPU is busy with one piece meanwhile
 
 # takes the arrays that the one before it returned
@@ -324,10 +324,12 @@ class Autoencoder(nn.Module):
 
     def _evaluated(self, latents: mx.array, kept: slice) -> mx.array:
         """Some pieces at a time, handed over while those before are computed: MLX takes memory for all that it has."""
-        begun, size, most = (), 0, mx.get_active_memory() + _HELD
+        largest = len(latents) * self.config.largest(latents.shape[1]) * self.dtype.size
+        bound = max(_HANDED_OVER, largest)
+        begun, size, most = (), 0, mx.get_active_memory() + _HELD * bound
         for state in self._states(latents):
             size += sum(array.nbytes for array in state)
-            if size >= _HANDED_OVER:
+            if size >= bound:
                 mx.async_eval(state)
                 mx.eval(begun)
                 begun, size = state, 0
