@@ -106,8 +106,13 @@ def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     mx.enable_compile()
 
 
+@pytest.fixture(scope="session")
+def kernel_libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
 @pytest.fixture
-def cuda_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+def cuda_kernels(monkeypatch: pytest.MonkeyPatch, kernel_libraries: Path) -> list[str]:
     """Lets CUDA kernels run, without a GPU by way of g++; lists the names of those that do."""
     used, build = [], cuda.build
     if not cuda.is_default():
@@ -116,7 +121,7 @@ def cuda_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         monkeypatch.setattr(cuda, "is_default", lambda: True)
         monkeypatch.setattr(cuda, "capability", lambda: 8)
         monkeypatch.setattr(cuda, "processors", lambda: 3)
-        build = cuda_on_cpu.build(tmp_path)
+        build = cuda_on_cpu.build(kernel_libraries)
 
     def counted(name: str, *rest: Any, **more: Any) -> Callable[..., list[mx.array]]:
         kernel = build(name, *rest, **more)

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+HARDWARE = Path(__file__).with_suffix(".h")
 GUARD = 256  # bytes
 TYPES = {mx.float16: "_Float16", mx.float32: "float", mx.uint32: "unsigned"}
 
@@ -31,7 +33,7 @@ def build(folder: Path) -> Callable[..., Callable[..., list[mx.array]]]:
                 for key, value in template
             ]
             blocks = [-(-size // group) for size, group in zip(grid, threadgroup, strict=True)]
-            text = f"""#include "{Path(__file__).with_suffix(".h")}"
+            text = f"""#include "{HARDWARE.name}"
 {header}
 void kernel({", ".join(parameters)}) {{
 {chr(10).join(constants)}
@@ -53,13 +55,21 @@ extern "C" void run(void** data, const int* shapes) {{
 
     def library(text: str) -> Path:
         path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+        if not (header := folder / HARDWARE.name).exists():
+            # compiled once, since it takes longer than a kernel
+            shutil.copy(HARDWARE, header)
+            compile_by_gxx("-x", "c++-header", header)
         if not path.exists():
             path.with_suffix(".cpp").write_text(text)
-            options = ["-std=c++20", "-O2", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-            subprocess.run(["g++", *options, "-o", path, path.with_suffix(".cpp")], check=True)
+            compile_by_gxx("-shared", "-o", path, path.with_suffix(".cpp"))
         return path
 
     return build
+
+
+def compile_by_gxx(*arguments: str | Path) -> None:
+    options = ["-std=c++20", "-O2", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-fPIC"]
+    subprocess.run(["g++", *options, *arguments], check=True)
 
 
 def run(library: Path, arrays: Sequence[np.ndarray]) -> None:
