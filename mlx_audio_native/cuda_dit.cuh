@@ -23,7 +23,7 @@ __device__ inline void wait_for_all(const unsigned int* arrivals) {
     unsigned int seen = 0;
     for (unsigned int tries = 0; seen < goal; tries++) {
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrivals) : "memory");
-      if (tries == 1u << 26) asm volatile("trap;");  // some ten seconds: better an error than to hang
+      if (tries == 1u << 26) asm volatile("trap;");  // better an error than to hang
     }
     __threadfence();
   }
