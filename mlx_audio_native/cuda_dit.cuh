@@ -200,9 +200,9 @@ __device__ __noinline__ void prepare_heads(const X* x, int x_row, T* out, int ou
 // Rows of x, of 2 * width numbers: the first half times SiLU of the second.
 template <typename T>
 __device__ __noinline__ void gate_rows(const T* x, T* out, int rows, int width) {
-  const long long count = (long long)rows * width / 8;
-  for (long long i = blockIdx.x * WARPS * 32 + threadIdx.x; i < count; i += gridDim.x * WARPS * 32) {
-    const T* from = x + i * 8 / width * width + i * 8;
+  const unsigned int packs = width / 8;
+  for (unsigned int i = blockIdx.x * WARPS * 32 + threadIdx.x; i < rows * packs; i += gridDim.x * WARPS * 32) {
+    const T* from = x + (i / packs * packs + (long long)i) * 8;
     const Some<T, 8> value = load<T, 8>(from);
     const Some<T, 8> gate = load<T, 8>(from + width);
     Some<T, 8> made;
@@ -211,7 +211,7 @@ __device__ __noinline__ void gate_rows(const T* x, T* out, int rows, int width) 
       const float g = static_cast<float>(gate.of[e]);
       made.of[e] = static_cast<T>(static_cast<float>(value.of[e]) * g / (1.0f + exp2f(-1.44269504f * g)));
     }
-    *reinterpret_cast<Some<T, 8>*>(out + i * 8) = made;
+    *reinterpret_cast<Some<T, 8>*>(out + i * 8ll) = made;
   }
 }
 
@@ -414,13 +414,14 @@ __device__ __noinline__ void attend(Heads<T> q, Heads<T> k, Heads<T> v, T* out, 
         peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 1));
         peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 2));
         most[h] = peak > most[h] ? exp2f(most[h] - peak) : 1.0f;  // how far what there is fades
+        const float base = GROUPS > 1 && peak == -INFINITY ? 0.0f : peak;  // a group may have seen no key
         float sum = 0.0f;
         #pragma unroll
         for (int j = 0; j < KEYS / 8; j++) {
           #pragma unroll
           for (int e = 0; e < 2; e++) {
             float& s = scores[j][2 * h + e];
-            s = s == -INFINITY ? 0.0f : exp2f(s - peak);
+            s = exp2f(s - base);
             sum += s;
           }
         }

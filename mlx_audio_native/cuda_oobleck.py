@@ -18,40 +18,51 @@ if TYPE_CHECKING:
     from .oobleck import Decoder, OobleckConfig, Snake
 
 _PACK = 8  # channels that a thread computes, loaded at once
+_ROWS = 4  # such packs of a thread, which keeps as many loads under way
 _THREADS = 256
 _BLOCK = 8  # frames that the last convolution computes at once: of 2 channels alone it is 3 times as slow
 
-# a thread for each pack of the result, blockIdx.y is the signal that it lies in
+# a thread for a pack of some rows of the result, blockIdx.y is the signal that they lie in
 _SOURCE = """
   struct alignas(8 * sizeof(T)) Pack { T v[8]; };
+  struct alignas(8 * sizeof(T)) Bits { unsigned int v[2 * sizeof(T)]; };  // of a pack, loaded at once
   const unsigned int rows = sizes[0], frames = sizes[1], skip = sizes[2], from = sizes[3], to = sizes[4];
-  const bool pairs = sizes[5];
+  const unsigned int pairs = sizes[5];
   const unsigned int width = frequency_shape[0] / 8;
   const unsigned int index = blockIdx.x * blockDim.x + threadIdx.x;
-  const unsigned int row = index / width;
+  const unsigned int row = index / width * ROWS;
   const unsigned int column = index % width;
   if (row >= rows) return;
-  const unsigned int clip = blockIdx.y / to;
   // each frame is in two pairs, that is twice in a row; before the first it wraps to a number past all
-  const unsigned int frame = pairs ? (row + 1) / 2 - 1 : row * to + blockIdx.y % to;
-  Pack result;
+  const unsigned int phase = blockIdx.y % to + pairs;
+  auto frame_of = [&](unsigned int r) { return ((r * to + phase) >> pairs) - pairs; };
+  const size_t clip = blockIdx.y / to;
+  const Bits* signals = reinterpret_cast<const Bits*>(x) + (clip * from * x_shape[1] + skip) * width + column;
+  Bits given[ROWS];
   #pragma unroll
-  for (int i = 0; i < 8; i++) result.v[i] = static_cast<T>(0.0f);
-  if (frame < frames) {
-    const size_t source = (size_t)(clip * from + frame % from) * x_shape[1] + skip + frame / from;
-    const Pack given = reinterpret_cast<const Pack*>(x)[source * width + column];
-    const Pack shift = reinterpret_cast<const Pack*>(bias)[column];
-    const Pack frequencies = reinterpret_cast<const Pack*>(frequency)[column];
-    const Pack magnitudes = reinterpret_cast<const Pack*>(magnitude)[column];
+  for (int r = 0; r < ROWS; r++) {
+    // also for a row without a frame: loads under a condition would wait for each other
+    const unsigned int frame = min(frame_of(row + r), frames - 1);
+    given[r] = signals[(frame % from * x_shape[1] + frame / from) * width];
+  }
+  const Pack shifts = reinterpret_cast<const Pack*>(bias)[column];
+  const Pack frequencies = reinterpret_cast<const Pack*>(frequency)[column];
+  const Pack magnitudes = reinterpret_cast<const Pack*>(magnitude)[column];
+  #pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    const Pack pack = reinterpret_cast<const Pack&>(given[r]);
+    const bool heard = frame_of(row + r) < frames;
+    Pack made;
     #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const float s = static_cast<float>(given.v[i]) + static_cast<float>(shift.v[i]);
+      const float s = static_cast<float>(pack.v[i]) + static_cast<float>(shifts.v[i]);
       const float angle = static_cast<float>(frequencies.v[i]) * s;
       const float w = sizeof(T) == 4 ? sinf(angle) : __sinf(angle);  // its error is far below a half type's rounding
-      result.v[i] = static_cast<T>(s + static_cast<float>(magnitudes.v[i]) * w * w);
+      made.v[i] = static_cast<T>(heard ? s + static_cast<float>(magnitudes.v[i]) * w * w : 0.0f);
     }
+    const size_t place = (size_t)blockIdx.y * rows + row + r;
+    if (row + r < rows) reinterpret_cast<Pack*>(out)[place * width + column] = made;
   }
-  reinterpret_cast<Pack*>(out)[((size_t)blockIdx.y * rows + row) * width + column] = result;
 """
 
 
@@ -158,8 +169,8 @@ def snake(
     inputs = {"x": x, "bias": bias, "frequency": frequency, "magnitude": magnitude, "sizes": sizes}
     (made,) = cuda.build("snake", tuple(inputs), ("out",), _SOURCE)(
         inputs=list(inputs.values()),
-        template=[("T", x.dtype)],
-        grid=(rows * channels // _PACK, batch * to, 1),
+        template=[("T", x.dtype), ("ROWS", _ROWS)],
+        grid=(-(-rows // _ROWS) * channels // _PACK, batch * to, 1),
         threadgroup=(_THREADS, 1, 1),
         output_shapes=[(batch, frames + 1, 2 * channels) if pairs else (batch * to, rows, channels)],
         output_dtypes=[x.dtype],

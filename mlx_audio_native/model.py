@@ -123,9 +123,8 @@ class Model:
         clips = []
         for samples, clip in zip(made, request.clips, strict=True):
             if clip.made > clip.frames:
-                samples = close_loop(samples[: clip.made], clip.frames, self.config.sample_rate)
-            samples = samples[: clip.frames]
-            clips.append(Audio(samples.copy(), self.config.sample_rate, self._recipe(request, clip)))
+                samples = close_loop(samples, clip.frames, self.config.sample_rate)
+            clips.append(Audio(samples, self.config.sample_rate, self._recipe(request, clip)))
         return clips[0] if request.single else clips
 
     def sample(self, prompt: str | Sequence[str], **options: Any) -> Iterator[State]:
@@ -200,8 +199,8 @@ class Model:
             return sample_noise(velocity, noise, request.sampler, request.steps)
         return edit(self.config, self.autoencoder, request, velocity, noise)
 
-    def _render(self, request: Request, noise: Iterator[mx.array]) -> np.ndarray:
-        """Samples (B, at least the frames asked for, channels) of clips that fit the window."""
+    def _render(self, request: Request, noise: Iterator[mx.array]) -> list[np.ndarray]:
+        """Samples (frames, channels) of each clip, all of which fit the window."""
         with stage("text and seconds"):
             velocity = self.velocity(request)
         with stage("sampling"):
@@ -213,7 +212,7 @@ class Model:
         with stage("decoding"):
             samples = self._decode(latents, max(clip.made for clip in request.clips))
         _require_finite(samples, "samples")
-        return np.array(samples)
+        return [np.array(one[: clip.made]) for one, clip in zip(samples, request.clips, strict=True)]
 
     def _render_long(self, request: Request, clip: Clip) -> np.ndarray:
         noise = self._noise(replace(request, clips=(clip,)))
@@ -289,9 +288,9 @@ def evaluated(states: Iterator[State]) -> Iterator[State]:
 
 
 def _bound_cache() -> None:
-    """To as much as was in use at once; a lower limit that somebody else set stays."""
+    """To twice what was in use at once, since a stage's arrays are not of another's sizes; a lower limit stays."""
     global _kept
-    limit = max(_kept, mx.get_peak_memory())
+    limit = max(_kept, 2 * mx.get_peak_memory())
     before = mx.set_cache_limit(limit)
     if before < _kept:
         mx.set_cache_limit(before)

@@ -289,11 +289,12 @@ def clip_noise(seeds: Sequence[int], shape: tuple[int, int]) -> Iterator[mx.arra
 
     A clip's noise depends on its own seed alone: not on its neighbours, and not on how many draws follow.
     """
-    keys = [mx.random.key(seed) for seed in seeds]
+    keys = mx.stack([mx.random.key(seed) for seed in seeds])
+    split, draw = mx.vmap(mx.random.split), mx.vmap(lambda key: mx.random.normal(shape, key=key))
     while True:
-        pairs = [mx.random.split(key) for key in keys]
-        keys = [pair[0] for pair in pairs]
-        yield mx.stack([mx.random.normal(shape, key=pair[1]) for pair in pairs])
+        pairs = split(keys)
+        keys = pairs[:, 0]
+        yield draw(pairs[:, 1])
 
 
 def guided(velocity: Velocity, scale: float) -> Velocity:
