@@ -80,6 +80,7 @@ def test_a_batch_equals_its_clips_alone(guided_model, sampler):
         alone = guided_model.generate(prompt, seconds=length, seed=seed, **options)
         assert alone.recipe == clip.recipe
         assert np.linalg.norm(alone.samples - clip.samples) < 1e-4 * np.linalg.norm(alone.samples)
+        assert clip.samples.flags.owndata  # and keeps no other clip in memory
 
 
 def test_the_same_seed_is_the_same_clip_and_another_is_another(small_model):
