@@ -23,7 +23,7 @@ SEEDS = (
 SECONDS = 2.0
 MEGABYTE = 2**20
 # a whole small graph is recovered and checked in a tenth of a second, a damaged one refused in much less
-QUICK, LONG = 500, 20_000
+QUICK, LONG = 250, 20_000
 
 
 def structure_of(path: Path) -> list[int]:
