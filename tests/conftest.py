@@ -13,6 +13,7 @@ import mlx_audio_native  # noqa: F401  before mlx.core, so that an installed Ope
 import copy
 import io
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,9 @@ from mlx_audio_native.weights import save
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
+
+# a shell's background job ignores Ctrl-C, and so would the programs that tests start and stop by it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = "kick snare drum hi-hat loop sine tone saw bass square lead plucked string rising falling BPM C D E F G A B #"
 OOBLECK = {"channels": 4, "c_mults": [2, 4], "strides": [4, 8], "use_snake": True}

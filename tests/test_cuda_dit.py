@@ -54,7 +54,7 @@ def check_dit(config: DiTConfig, batch: int, latents: int, tokens: int) -> None:
 SINGLE = ["prepare_heads", "attention", "prepare_heads", "attention", "swiglu"]
 
 
-@pytest.mark.parametrize("processors", [1, 3])
+@pytest.mark.parametrize("processors", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_few_rows_take_one_kernel(cuda_kernels: list[str], monkeypatch: pytest.MonkeyPatch, processors: int) -> None:
     monkeypatch.setattr(cuda, "processors", lambda: processors)
     check_dit(replace(CONFIG, depth=2, ff_dim=512), batch=2, latents=40, tokens=5)
