@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 from mlx_audio_native import MlxAudioError
+from mlx_audio_native.blas import launch_directly
 
 # command → its module here, imported only when asked for, and what it does
 COMMANDS = {
@@ -47,4 +48,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    launch_directly()  # as the command line does
     sys.exit(main(sys.argv[1:]))

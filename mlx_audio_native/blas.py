@@ -53,6 +53,16 @@ def outlive_many_shapes() -> None:
     os.environ.setdefault("MLX_ENABLE_CACHE_THRASHING_CHECK", "0")
 
 
+def launch_directly() -> None:
+    """Let MLX's CUDA back end launch each kernel as it comes, not in CUDA graphs; a setting of the user's own stays.
+
+    Into a graph it captures every product anew, which costs the host more than to launch it: text takes a quarter
+    longer, and the steps of many clips wait for the host. It holds for all of a process, if MLX has not run before:
+    so it is for programs to decide, not for a library.
+    """
+    os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
+
+
 def require_backend() -> None:
     """Raises BackendError, saying what to install, where mlx came without a back end (on Linux, each is an extra)."""
     try:

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from . import MlxAudioError, __version__
+from .blas import launch_directly
 from .errors import InputError
 
 log = logging.getLogger(__name__)
@@ -364,5 +365,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> None:
+    launch_directly()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, leaving nothing half-written
     sys.exit(main())

@@ -90,8 +90,8 @@ __device__ inline void add(float (&sums)[COUNT], const T* x) {
 }
 
 // The sum of x, PARTS parts and a bias, if there is one, as `sum`, and normed as `out`: rows of C numbers, a warp each.
-template <typename T, int C, int PARTS>
-__device__ __noinline__ void norm_rows(const T* x, const float* parts, const T* bias, Norm<T> norm, T* sum, T* out,
+template <typename T, int C, int PARTS, typename X>
+__device__ __noinline__ void norm_rows(const T* x, const X* parts, const T* bias, Norm<T> norm, T* sum, T* out,
                                        int rows) {
   constexpr int CHUNKS = (C / 8 + 31) / 32;
   const int lane = threadIdx.x & 31;
@@ -142,9 +142,32 @@ __device__ __noinline__ void norm_rows(const T* x, const float* parts, const T* 
   }
 }
 
+// A head, COUNT numbers of it each of 8 neighbouring lanes, normed if there is a norm.
+template <int COUNT, typename T>
+__device__ inline void norm_head(float (&numbers)[COUNT], Norm<T> norm) {
+  auto sum_all = [](float s) { return quad_sum(s) + __shfl_xor_sync(0xffffffffu, quad_sum(s), 4); };
+  float sum = 0.0f;
+  #pragma unroll
+  for (int e = 0; e < COUNT; e++) sum += numbers[e];
+  const float mean = sum_all(sum) / (8 * COUNT);
+  float spread = 0.0f;
+  #pragma unroll
+  for (int e = 0; e < COUNT; e++) spread += (numbers[e] - mean) * (numbers[e] - mean);
+  const float square = sum_all(spread) / (8 * COUNT);
+  if (!norm.gain) return;  // not before: warps add up together, and their heads may differ in it
+  const float factor = rsqrtf(square + norm.eps);
+  const Some<T, COUNT> gain = load<T, COUNT>(norm.gain + (threadIdx.x & 7) * COUNT);
+  const Some<T, COUNT> shift = load<T, COUNT>(norm.shift + (threadIdx.x & 7) * COUNT);
+  #pragma unroll
+  for (int e = 0; e < COUNT; e++) {
+    const float number = (numbers[e] - mean) * factor;
+    numbers[e] = number * static_cast<float>(gain.of[e]) + static_cast<float>(shift.of[e]);
+  }
+}
+
 // The heads of D numbers that a row of x begins with, by 8 lanes each: `heads` of queries, as many of keys, the rest of
 // values. Queries and keys are normed if there is a norm, and rotated in their first half if there is a rotation.
-template <typename T, int D, int PARTS, typename X>
+template <typename T, int D, typename X>
 __device__ __noinline__ void prepare_heads(const X* x, int x_row, T* out, int out_row, int rows, int length, int heads,
                                            int all_heads, Norm<T> q_norm, Norm<T> k_norm, const float* cosine,
                                            const float* sine) {
@@ -158,28 +181,8 @@ __device__ __noinline__ void prepare_heads(const X* x, int x_row, T* out, int ou
     const int at = own % all_heads * D + lane * EACH;
     const int kind = own % all_heads / heads;
     float numbers[EACH] = {};
-    #pragma unroll
-    for (int part = 0; part < PARTS; part++) add<EACH>(numbers, x + ((long long)part * rows + row) * x_row + at);
-    auto sum_all = [](float s) { return quad_sum(s) + __shfl_xor_sync(0xffffffffu, quad_sum(s), 4); };
-    float sum = 0.0f;
-    #pragma unroll
-    for (int e = 0; e < EACH; e++) sum += numbers[e];
-    const float mean = sum_all(sum) / D;
-    float spread = 0.0f;
-    #pragma unroll
-    for (int e = 0; e < EACH; e++) spread += (numbers[e] - mean) * (numbers[e] - mean);
-    const float square = sum_all(spread) / D;
-    const Norm<T> norm = kind == 0 ? q_norm : kind == 1 ? k_norm : Norm<T>{};
-    if (norm.gain) {
-      const float factor = rsqrtf(square + norm.eps);
-      const Some<T, EACH> gain = load<T, EACH>(norm.gain + lane * EACH);
-      const Some<T, EACH> shift = load<T, EACH>(norm.shift + lane * EACH);
-      #pragma unroll
-      for (int e = 0; e < EACH; e++) {
-        const float number = (numbers[e] - mean) * factor;
-        numbers[e] = number * static_cast<float>(gain.of[e]) + static_cast<float>(shift.of[e]);
-      }
-    }
+    add(numbers, x + (long long)row * x_row + at);
+    norm_head(numbers, kind == 0 ? q_norm : kind == 1 ? k_norm : Norm<T>{});
     if (cosine) {
       // the first 4 lanes hold the rotated half, the second 2 of them what is turned with the first 2
       const int place = row % length * (D / 4) + (lane & 1) * EACH;
@@ -321,10 +324,12 @@ struct Heads { const T* of; int row; };  // the first head of the first row, and
 
 // Attention of `heads` heads of queries (B * length rows) to kv_heads of keys and values (B * count rows). A block of
 // threads makes 16 * ROWS_OF_WARPS queries of one head of one clip at a time; keys and values pass in tiles of 64, two
-// under way, each shared among GROUPS groups of warps.
-template <typename T, int D, int ROWS_OF_WARPS>
-__device__ __noinline__ void attend(Heads<T> q, Heads<T> k, Heads<T> v, T* out, int batches, int length, int count,
-                                    int heads, int kv_heads, float scale, void* memory) {
+// under way, each shared among GROUPS groups of warps. If q has none, queries are the sums of PARTS parts, normed if
+// there is a norm.
+template <typename T, int D, int ROWS_OF_WARPS, int PARTS, typename X>
+__device__ __noinline__ void attend(Heads<T> q, Heads<X> parts, Norm<T> norm, Heads<T> k, Heads<T> v, T* out,
+                                    int batches, int length, int count, int heads, int kv_heads, float scale,
+                                    void* memory) {
   constexpr int CHUNKS = D / 8;
   constexpr int TILE = 64 * D;
   constexpr int ROWS = 16 * ROWS_OF_WARPS;
@@ -358,9 +363,28 @@ __device__ __noinline__ void attend(Heads<T> q, Heads<T> k, Heads<T> v, T* out, 
       load_lines(to + TILE, v.of + batch * count * v.row + kv_head * D, 64, index * 64, count, v.row);
     };
     __syncthreads();
-    load_lines(queries, q.of + batch * length * q.row + head * D, ROWS, first_row, length, q.row);
+    if (q.of) load_lines(queries, q.of + batch * length * q.row + head * D, ROWS, first_row, length, q.row);
     load_keys_values(0);
     close_group();
+    if (!q.of) {
+      #pragma unroll
+      for (int i = 0; i < ROWS / (4 * WARPS); i++) {
+        const int r = thread / 8 + i * 4 * WARPS;
+        const long long row = batch * length + min(first_row + r, length - 1);
+        float numbers[CHUNKS] = {};
+        #pragma unroll
+        for (int part = 0; part < PARTS; part++)
+          add(numbers, parts.of + (part * batches * length + row) * parts.row + head * D + (thread & 7) * CHUNKS);
+        norm_head(numbers, norm);
+        #pragma unroll
+        for (int c = 0; c < D / 64; c++) {
+          Some<T, 8> made;
+          #pragma unroll
+          for (int e = 0; e < 8; e++) made.of[e] = static_cast<T>(numbers[c * 8 + e]);
+          *reinterpret_cast<Some<T, 8>*>(queries + r * D + (((thread & 7) * (D / 64) + c) ^ (r & 7)) * 8) = made;
+        }
+      }
+    }
     unsigned int fq[D / 16][4];
     float sums[D / 8][4];
     float most[2] = {-INFINITY, -INFINITY};
@@ -395,8 +419,8 @@ __device__ __noinline__ void attend(Heads<T> q, Heads<T> k, Heads<T> v, T* out, 
           unsigned int fk[4];
           const int r = group * KEYS + j * 16 + (lane & 7) + lane / 16 * 8;
           load_fragments(fk, keys + r * D + ((2 * c + (lane >> 3 & 1)) ^ (r & 7)) * 8);
-          multiply_add(scores[2 * j], fq[c], fk[0], fk[1], q.of);
-          multiply_add(scores[2 * j + 1], fq[c], fk[2], fk[3], q.of);
+          multiply_add(scores[2 * j], fq[c], fk[0], fk[1], k.of);
+          multiply_add(scores[2 * j + 1], fq[c], fk[2], fk[3], k.of);
         }
       }
       #pragma unroll
@@ -443,8 +467,8 @@ __device__ __noinline__ void attend(Heads<T> q, Heads<T> k, Heads<T> v, T* out, 
           unsigned int fv[4];
           const int r = group * KEYS + c * 16 + (lane & 15);
           load_transposed(fv, values + r * D + ((2 * j + lane / 16) ^ (r & 7)) * 8);
-          multiply_add(sums[2 * j], weights, fv[0], fv[1], q.of);
-          multiply_add(sums[2 * j + 1], weights, fv[2], fv[3], q.of);
+          multiply_add(sums[2 * j], weights, fv[0], fv[1], k.of);
+          multiply_add(sums[2 * j + 1], weights, fv[2], fv[3], k.of);
         }
       }
       __syncthreads();

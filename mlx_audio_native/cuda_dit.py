@@ -24,11 +24,15 @@ _HEADER = Path(__file__).with_suffix(".cuh")
 
 _MEMORY = "  extern __shared__ __align__(128) unsigned char memory[];\n"
 _HEADS = """
-  prepare_heads<T, D, 1>(x, x_shape[1], out, ALL * D, x_shape[0], LENGTH, HEADS, ALL, Q_NORM, K_NORM, COSINE, SINE);
+  prepare_heads<T, D>(x, x_shape[1], out, ALL * D, x_shape[0], LENGTH, HEADS, ALL, Q_NORM, K_NORM, COSINE, SINE);
 """
 _ATTENTION = """
-  attend<T, D, 4>({q, q_shape[2]}, {k + K_START, k_shape[2]}, {v + V_START, v_shape[2]}, out, q_shape[0], q_shape[1],
-                  k_shape[1], HEADS, KV_HEADS, SCALE, memory);
+  attend<T, D, 4, 1, T>({READY ? q : nullptr, q_shape[2]}, {q, q_shape[2]}, Q_NORM, {k + K_START, k_shape[2]},
+                        {v + V_START, v_shape[2]}, out, q_shape[0], q_shape[1], k_shape[1], HEADS, KV_HEADS, SCALE,
+                        memory);
+"""
+_ADD_NORM = """
+  norm_rows<T, C, 1>(x, added, nullptr, NORM, sum, normed, x_shape[0]);
 """
 _SWIGLU = """
   gate_rows(x, out, x_shape[0], x_shape[1] / 2);
@@ -47,19 +51,17 @@ _BLOCK = """
   FEED_FORWARD
   product(before, to_qkv, sums, rows, E, 3 * E, 1, memory, arrivals);
   wait_for_all(arrivals);
-  prepare_heads<T, D, 1>(sums, 3 * E, after, 3 * E, rows, length, HEADS, 3 * HEADS, Q_NORM, K_NORM, cosine, sine);
+  prepare_heads<T, D>(sums, 3 * E, after, 3 * E, rows, length, HEADS, 3 * HEADS, Q_NORM, K_NORM, cosine, sine);
   wait_for_all(arrivals);
-  attend<T, D, 2>({after, 3 * E}, {after + E, 3 * E}, {after + 2 * E, 3 * E}, before, clips, length, length, HEADS,
-                  HEADS, SCALE, memory);
+  attend<T, D, 2, PARTS, float>({after, 3 * E}, {}, {}, {after + E, 3 * E}, {after + 2 * E, 3 * E}, before, clips,
+                                length, length, HEADS, HEADS, SCALE, memory);
   product(before, self_out, sums, rows, E, E, PARTS, memory, arrivals);
   wait_for_all(arrivals);
   norm_rows<T, E, PARTS>(out, sums, nullptr, CROSS_NORM, out, before, rows);
   product(before, to_q, sums, rows, E, E, PARTS, memory, arrivals);
   wait_for_all(arrivals);
-  prepare_heads<T, D, PARTS>(sums, E, after, E, rows, length, HEADS, HEADS, CROSS_Q_NORM, {}, nullptr, nullptr);
-  wait_for_all(arrivals);
-  attend<T, D, 2>({after, E}, {k, k_shape[2]}, {v, k_shape[2]}, before, clips, length, k_shape[1], HEADS, KV_HEADS,
-                  SCALE, memory);
+  attend<T, D, 2, PARTS, float>({}, {sums, E}, CROSS_Q_NORM, {k, k_shape[2]}, {v, k_shape[2]}, before, clips,
+                                length, k_shape[1], HEADS, KV_HEADS, SCALE, memory);
   product(before, cross_out, sums, rows, E, E, PARTS, memory, arrivals);
   wait_for_all(arrivals);
   norm_rows<T, E, PARTS>(out, sums, nullptr, FF_NORM, out, normed, rows);
@@ -109,8 +111,8 @@ def zero_arrivals(t: mx.array) -> mx.array:
     return (t < t).astype(mx.uint32)
 
 
-def _spell(source: str, head_dim: int, norms: dict[str, Norm | None]) -> tuple[str, dict[str, mx.array]]:
-    """A source with its norms and the scale of its scores in it, and the inputs that the norms are."""
+def _spell(source: str, norms: dict[str, Norm | None]) -> tuple[str, dict[str, mx.array]]:
+    """A source with its norms in it, and the inputs that they are."""
     inputs = {}
     for name, norm in norms.items():
         text = "{}"
@@ -119,7 +121,11 @@ def _spell(source: str, head_dim: int, norms: dict[str, Norm | None]) -> tuple[s
             inputs |= {gain: norm.gain, shift: norm.shift}
             text = f"Norm<T>{{{gain}, {shift}, {norm.eps:.9e}f}}"
         source = re.sub(rf"\b{name}\b", text, source)
-    return source.replace("SCALE", f"{head_dim**-0.5 * math.log2(math.e):.9e}f"), inputs
+    return source, inputs
+
+
+def _spell_scale(source: str, head_dim: int) -> str:
+    return source.replace("SCALE", f"{head_dim**-0.5 * math.log2(math.e):.9e}f")
 
 
 def prepare_heads(
@@ -134,7 +140,7 @@ def prepare_heads(
 
     (B·length, len(norms) · heads · head_dim); a norm or the rotation that is None is left out.
     """
-    source, inputs = _spell(_HEADS, head_dim, dict(zip_longest(("Q_NORM", "K_NORM"), norms)))
+    source, inputs = _spell(_HEADS, dict(zip_longest(("Q_NORM", "K_NORM"), norms)))
     for name in ("cosine", "sine"):
         source = source.replace(name.upper(), name if rotation else "nullptr")
     inputs = {"x": x} | inputs | (rotation._asdict() if rotation else {})
@@ -152,15 +158,29 @@ def attention(
     heads: int,
     kv_heads: int,
     starts: tuple[int, int] = (0, 0),
+    norm: Norm | None = None,
 ) -> mx.array:
-    """q (B, L, …), its heads first in a row, k and v (B, M, …), theirs from `starts` on → (B·L, heads · head_dim)."""
+    """q (B, L, …), its heads first in a row, k and v (B, M, …), theirs from `starts` on → (B·L, heads · head_dim).
+
+    With a norm, queries are normed on the way.
+    """
     batch, length = q.shape[:2]
     constants = {"D": head_dim, "HEADS": heads, "KV_HEADS": kv_heads, "K_START": starts[0], "V_START": starts[1]}
-    source, _ = _spell(_ATTENTION, head_dim, {})
+    constants["READY"] = int(norm is None)
+    source, inputs = _spell(_spell_scale(_ATTENTION, head_dim), {"Q_NORM": norm})
     outputs = {"out": (batch * length, heads * head_dim)}
     blocks, memory = -(-length // 64) * heads * batch, _attention_memory(head_dim, 64)
     # fewer warps than in `block`: two blocks of threads on a processor hide each other's waits
-    return _launch("attention", source, {"q": q, "k": k, "v": v}, outputs, constants, blocks, memory, warps=4)[0]
+    inputs = {"q": q, "k": k, "v": v} | inputs
+    return _launch("attention", source, inputs, outputs, constants, blocks, memory, warps=4)[0]
+
+
+def add_norm(x: mx.array, added: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
+    """The sum of two (rows, C), and its norm; C must be a multiple of 8."""
+    rows, width = x.shape
+    source, inputs = _spell(_ADD_NORM, {"NORM": norm})
+    inputs, outputs = {"x": x, "added": added} | inputs, {"sum": x.shape, "normed": x.shape}
+    return tuple(_launch("add_norm", source, inputs, outputs, {"C": width}, -(-rows // 8), 0))
 
 
 def block(
@@ -189,7 +209,7 @@ def block(
     other waits for, and end in an error after a while. Steps that depend on each other never do.
     """
     source = _BLOCK.replace("FEED_FORWARD", _NO_FEED_FORWARD if gated is None else _FEED_FORWARD)
-    source, inputs = _spell(source, head_dim, norms)
+    source, inputs = _spell(_spell_scale(source, head_dim), norms)
     rows, width = x.shape
     inputs = {"x": x} | weights | dict(zip("kv", keys_values, strict=True)) | inputs | rotation._asdict()
     inputs |= {"arrivals": arrivals} | ({} if gated is None else {"gated": gated})

@@ -135,10 +135,7 @@ class DiTConfig:
 
 
 class Attention(nn.Module):
-    """What self- and cross-attention share: heads, their optional norm, and the way out.
-
-    If it `compiles`, on an NVIDIA GPU in half precision by the kernels of cuda_dit.py, as far as its heads fit.
-    """
+    """What self- and cross-attention share: heads, their optional norm, and the way out."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -147,7 +144,6 @@ class Attention(nn.Module):
             self.q_norm = nn.LayerNorm(config.head_dim, _QK_NORM_EPS)
             self.k_norm = nn.LayerNorm(config.head_dim, _QK_NORM_EPS)
         self.qk_norm = config.qk_norm
-        self.compiles = False
         self.to_out = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
 
     def split_heads(self, x: mx.array, batch: int) -> mx.array:
@@ -161,10 +157,6 @@ class Attention(nn.Module):
         """
         states = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
         return add_dense(residual, self.to_out, states.transpose(0, 2, 1, 3).reshape(residual.shape))
-
-    @property
-    def by_kernels(self) -> bool:
-        return self.compiles and cuda_dit.attends(self.head_dim) and cuda_dit.usable(self.to_out.weight.dtype)
 
 
 def _kernel_norm(norm: nn.LayerNorm) -> cuda_dit.Norm:
@@ -190,18 +182,18 @@ class SelfAttention(Attention):
         self.to_qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=False)
 
     def __call__(self, residual: mx.array, x: mx.array, batch: int) -> mx.array:
-        if self.by_kernels:
-            qkv, length, width = self.to_qkv(x), len(x) // batch, residual.shape[1]
-            heads, starts = width // self.head_dim, (width, 2 * width)
-            norms, rotation = self.kernel_norms(), self.rotation(length)
-            qk = cuda_dit.prepare_heads(qkv, self.head_dim, heads, length, norms, rotation)
-            qk, v = (part.reshape(batch, length, -1) for part in (qk, qkv))
-            states = cuda_dit.attention(qk, qk, v, self.head_dim, heads, heads, starts)
-            return add_dense(residual, self.to_out, states)
         q, k, v = mx.split(self.split_heads(self.to_qkv(x), batch).transpose(0, 2, 1, 3), 3, axis=1)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return self.attend(residual, self.rotate(q), self.rotate(k), v)
+
+    def by_kernel(self, x: mx.array, batch: int) -> mx.array:
+        """x (B·T, E) → the heads' states (B·T, E)"""
+        qkv, (rows, width) = self.to_qkv(x), x.shape
+        heads, starts, length = width // self.head_dim, (width, 2 * width), rows // batch
+        qk = cuda_dit.prepare_heads(qkv, self.head_dim, heads, length, self.kernel_norms(), self.rotation(length))
+        qk, v = (part.reshape(batch, length, -1) for part in (qk, qkv))
+        return cuda_dit.attention(qk, qk, v, self.head_dim, heads, heads, starts)
 
     def kernel_norms(self) -> tuple[cuda_dit.Norm | None, ...]:
         return (_kernel_norm(self.q_norm), _kernel_norm(self.k_norm)) if self.qk_norm else (None, None)
@@ -219,27 +211,24 @@ class CrossAttention(Attention):
         self.to_q = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
         self.to_kv = nn.Linear(config.cond_embed_dim, 2 * config.cond_embed_dim, bias=False)
 
-    def keys_values(self, context: mx.array, batch: int) -> tuple[mx.array, mx.array]:
+    def keys_values(self, context: mx.array, batch: int, for_kernels: bool) -> tuple[mx.array, mx.array]:
         k, v = mx.split(self.split_heads(self.to_kv(context), batch).transpose(0, 2, 1, 3), 2, axis=1)
         k = self.k_norm(k) if self.qk_norm else k
-        if self.by_kernels:  # heads of a token side by side
+        if for_kernels:  # heads of a token side by side
             k, v = (mx.contiguous(part.transpose(0, 2, 1, 3).flatten(2)) for part in (k, v))
         return k, v
 
     def __call__(self, residual: mx.array, x: mx.array, keys_values: tuple[mx.array, mx.array]) -> mx.array:
-        batch = len(keys_values[0])
-        q = self.to_q(x)
-        if keys_values[0].ndim == 3:
-            heads, kv_heads = (part.shape[-1] // self.head_dim for part in (q, keys_values[0]))
-            if self.qk_norm:
-                q = cuda_dit.prepare_heads(q, self.head_dim, heads, 1, [self.kernel_norm()])
-            q = q.reshape(batch, len(x) // batch, -1)
-            states = cuda_dit.attention(q, *keys_values, self.head_dim, heads, kv_heads)
-            return add_dense(residual, self.to_out, states)
         # normed before the heads change places: a norm wants its rows in order
-        q = self.split_heads(q, batch)
+        q = self.split_heads(self.to_q(x), len(keys_values[0]))
         q = self.q_norm(q) if self.qk_norm else q
         return self.attend(residual, q.transpose(0, 2, 1, 3), *keys_values)
+
+    def by_kernel(self, x: mx.array, keys_values: tuple[mx.array, mx.array]) -> mx.array:
+        """x (B·T, E) → the heads' states (B·T, E)"""
+        q = self.to_q(x).reshape(len(keys_values[0]), -1, x.shape[1])
+        heads, kv_heads = (part.shape[2] // self.head_dim for part in (q, keys_values[0]))
+        return cuda_dit.attention(q, *keys_values, self.head_dim, heads, kv_heads, norm=self.kernel_norm())
 
     def kernel_norm(self) -> cuda_dit.Norm | None:
         return _kernel_norm(self.q_norm) if self.qk_norm else None
@@ -255,15 +244,13 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(config.ff_dim, config.embed_dim)
 
     def __call__(self, residual: mx.array, x: mx.array) -> mx.array:
-        return self.end(residual, self.proj_in(x))
+        return residual + self.end(self.proj_in(x))
 
-    def end(self, residual: mx.array, gated: mx.array) -> mx.array:
+    def end(self, gated: mx.array) -> mx.array:
         if self.compiles and cuda_dit.usable(gated.dtype) and gated.shape[1] % 16 == 0:
-            x = cuda_dit.swiglu(gated)
-        else:
-            value, gate = mx.split(gated, 2, axis=-1)
-            x = value * silu(gate)
-        return add_dense(residual, self.proj_out, x)
+            return self.proj_out(cuda_dit.swiglu(gated))
+        value, gate = mx.split(gated, 2, axis=-1)
+        return self.proj_out(value * silu(gate))
 
 
 class Block(nn.Module):
@@ -283,13 +270,37 @@ class Block(nn.Module):
         x = self.cross_attention(x, self.cross_norm(x), keys_values)
         return self.ff(x, self.ff_norm(x))
 
-    def fits_kernel(self, dtype: mx.Dtype) -> bool:
-        """Whether `cuda_dit.block` can do it for rows of this dtype."""
+    def fits_kernels(self, dtype: mx.Dtype) -> bool:
+        """Whether those of cuda_dit.py can do it for rows of this dtype; not where attention is quantised."""
+        own, cross = self.self_attention, self.cross_attention
+        fits = cuda_dit.usable(dtype) and cuda_dit.attends(own.head_dim)
+        return fits and all(layer.weight.dtype == dtype for layer in (own.to_out, cross.to_out))
+
+    def fits_one_kernel(self) -> bool:
+        """Whether `cuda_dit.block` can do what the kernels can."""
         own, cross, ff = self.self_attention, self.cross_attention, self.ff
         plain = is_plain(own.to_qkv, own.to_out, cross.to_q, cross.to_out) and isinstance(ff.proj_out, nn.Linear)
-        return own.by_kernels and plain and own.to_out.weight.dtype == dtype and ff.proj_out.weight.shape[1] % 64 == 0
+        return plain and ff.proj_out.weight.shape[1] % 64 == 0
 
-    def attend_by_kernel(
+    def attend_by_kernels(
+        self,
+        x: mx.array,
+        before: FeedForward | None,
+        gated: mx.array | None,
+        keys_values: tuple[mx.array, mx.array],
+    ) -> tuple[mx.array, mx.array]:
+        """As `attend_by_one_kernel`, with the library's products."""
+        own, cross = self.self_attention, self.cross_attention
+        if before is None:
+            normed = self.self_norm(x)
+        else:
+            x, normed = cuda_dit.add_norm(x, before.end(gated), _kernel_norm(self.self_norm))
+        added = own.to_out(own.by_kernel(normed, len(keys_values[0])))
+        x, normed = cuda_dit.add_norm(x, added, _kernel_norm(self.cross_norm))
+        added = cross.to_out(cross.by_kernel(normed, keys_values))
+        return cuda_dit.add_norm(x, added, _kernel_norm(self.ff_norm))
+
+    def attend_by_one_kernel(
         self,
         x: mx.array,
         before: FeedForward | None,
@@ -349,8 +360,7 @@ class DiT(nn.Module):
 
     def compile(self) -> None:
         """Has a GPU's `velocity` compiled from now on."""
-        parts = (part for block in self.blocks for part in (block.self_attention, block.cross_attention, block.ff))
-        for module in (self, *parts):
+        for module in (self, *(block.ff for block in self.blocks)):
             module.compiles = True
 
     def __call__(self, latents: mx.array, t: mx.array, cross_attention: mx.array, global_cond: mx.array) -> mx.array:
@@ -364,7 +374,8 @@ class DiT(nn.Module):
         """
         dtype, batch = self.project_in.weight.dtype, len(cross_attention)
         context = self.to_cond_embed(cross_attention.astype(dtype).flatten(0, 1))
-        keys_values = [block.cross_attention.keys_values(context, batch) for block in self.blocks]
+        by_kernels = self.compiles and all(block.fits_kernels(dtype) for block in self.blocks)
+        keys_values = [block.cross_attention.keys_values(context, batch, by_kernels) for block in self.blocks]
         if not self.config.global_cond_dim:
             return Prepared(keys_values, mx.zeros((batch, self.config.embed_dim), dtype))
         return Prepared(keys_values, self.to_global_embed(global_cond.astype(dtype)))
@@ -394,22 +405,24 @@ class DiT(nn.Module):
         x = self.project_in(add_dense(x, self.preprocess, x)).reshape(batch, -1, self.config.embed_dim)
         token = global_embed + self.embed_time(t)
         x = mx.concatenate([token[:, None, :], x], axis=1).flatten(0, 1)
-        fits = keys_values[0][0].ndim == 3 and all(block.fits_kernel(x.dtype) for block in self.blocks)
-        if fits and cuda_dit.prefers_block(x):
-            x = self._by_kernels(x, keys_values, cuda_dit.zero_arrivals(t))
+        if keys_values[0][0].ndim == 3:
+            x = self._by_kernels(x, t, keys_values)
         else:
             for block, own in zip(self.blocks, keys_values, strict=True):
                 x = block(x, own)
         x = self.project_out(x.reshape(batch, -1, self.config.embed_dim)[:, 1:].flatten(0, 1))
         return add_dense(x, self.postprocess, x).reshape(latents.shape).astype(latents.dtype)
 
-    def _by_kernels(self, x: mx.array, keys_values: list[tuple[mx.array, mx.array]], arrivals: mx.array) -> mx.array:
-        """All blocks, each by a kernel and the feed-forward's first product, which its next kernel goes on with."""
+    def _by_kernels(self, x: mx.array, t: mx.array, keys_values: list[tuple[mx.array, mx.array]]) -> mx.array:
+        """All blocks; after the feed-forward's first product, the next block goes on with the rest of it."""
+        one = cuda_dit.prefers_block(x) and all(block.fits_one_kernel() for block in self.blocks)
+        arrivals = [cuda_dit.zero_arrivals(t)] if one else []
         ff, gated = None, None
         for block, own in zip(self.blocks, keys_values, strict=True):
-            x, normed = block.attend_by_kernel(x, ff, gated, own, arrivals)
+            attend = block.attend_by_one_kernel if one else block.attend_by_kernels
+            x, normed = attend(x, ff, gated, own, *arrivals)
             ff, gated = block.ff, block.ff.proj_in(normed)
-        return ff.end(x, gated)
+        return x + ff.end(gated)
 
     def embed_time(self, t: mx.array) -> mx.array:
         """t (B,) → (B, E). Cosine first, then sine, and no raw t, unlike the seconds' embedding."""

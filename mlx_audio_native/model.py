@@ -63,6 +63,9 @@ class Model:
 
         Clips are then made faster. But each part is compiled at its first call, which takes some seconds in every
         process and on an NVIDIA GPU half a minute the first time ever, and traced for each length of text and clip.
+
+        On an NVIDIA GPU set MLX_USE_CUDA_GRAPHS=0 before MLX runs, as the command line does: the host, which many
+        clips and short texts wait for, has less to do then.
         """
         for part in (self.conditioner, self.dit, self.autoencoder):
             if part is not None:

@@ -61,6 +61,14 @@ def test_cuda_does_not_give_up_after_many_shapes(monkeypatch, own, found):
     assert run_python(command, **own).stdout == f"{found}\n"
 
 
+@pytest.mark.parametrize(("own", "found"), [({}, "0"), ({"MLX_USE_CUDA_GRAPHS": "1"}, "1")])
+def test_the_command_line_launches_directly(monkeypatch, own, found):
+    monkeypatch.delenv("MLX_USE_CUDA_GRAPHS", raising=False)
+    tell = "atexit.register(lambda: print(os.environ['MLX_USE_CUDA_GRAPHS']))"
+    command = f"import atexit, os; from mlx_audio_native.cli import run; {tell}; run()"
+    assert run_python(command, **own).stdout == f"{found}\n"
+
+
 def test_no_back_end_is_said_in_one_line(tmp_path):
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")

@@ -51,7 +51,7 @@ def check_dit(config: DiTConfig, batch: int, latents: int, tokens: int) -> None:
     assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < 2e-3
 
 
-SINGLE = ["prepare_heads", "attention", "prepare_heads", "attention", "swiglu"]
+SINGLE = ["prepare_heads", "attention", "add_norm", "attention", "add_norm", "swiglu"]
 
 
 @pytest.mark.parametrize("processors", [pytest.param(1, marks=pytest.mark.slow), 3])
@@ -63,8 +63,8 @@ def test_few_rows_take_one_kernel(cuda_kernels: list[str], monkeypatch: pytest.M
 
 def test_many_rows_take_the_library_between_kernels(cuda_kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_dit, "_FEW_ROWS", 0)
-    check_dit(CONFIG, batch=2, latents=20, tokens=5)
-    assert cuda_kernels == SINGLE
+    check_dit(replace(CONFIG, depth=2), batch=2, latents=20, tokens=5)
+    assert cuda_kernels == [*SINGLE, "add_norm", *SINGLE]
 
 
 def test_what_was_prepared_before_compiling_serves(cuda_kernels: list[str]) -> None:
@@ -109,5 +109,5 @@ def test_dit_of_other_sizes(
     monkeypatch.setattr(cuda, "processors", lambda: processors)
     config = replace(CONFIG, **changes)
     check_dit(config, batch=1, latents=latents, tokens=tokens)
-    single = SINGLE if config.qk_norm else [*SINGLE[:2], *SINGLE[3:]]
-    assert cuda_kernels == (["block"] * config.depth + ["swiglu"] if processors else single * config.depth)
+    many = [*SINGLE, *["add_norm", *SINGLE] * (config.depth - 1)]
+    assert cuda_kernels == (["block"] * config.depth + ["swiglu"] if processors else many)
