@@ -1,4 +1,4 @@
-"""MLX's back end on Linux: what makes the CPU one fast, CUDA's last, and a plain word where there is none at all."""
+"""MLX's back end on Linux: what makes the CPU one fast, CUDA's last and quick, and a plain word where there is none."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def outlive_many_shapes() -> None:
 def launch_directly() -> None:
     """Let MLX's CUDA back end launch each kernel as it comes, not in CUDA graphs; a setting of the user's own stays.
 
-    Into a graph it captures every product anew, which costs the host more than to launch it: text takes a quarter
-    longer, and the steps of many clips wait for the host. It holds for all of a process, if MLX has not run before:
-    so it is for programs to decide, not for a library.
+    Into a graph it captures every product anew, at more cost to the host than to launch it, and short texts and the
+    steps of many clips wait for the host. It holds for all of a process, if MLX has not run in it before: so it is for
+    a program to decide, not for a library.
     """
     os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
 

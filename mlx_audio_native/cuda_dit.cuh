@@ -166,7 +166,7 @@ __device__ inline void norm_head(float (&numbers)[COUNT], Norm<T> norm) {
 }
 
 // The heads of D numbers that a row of x begins with, by 8 lanes each: `heads` of queries, as many of keys, the rest of
-// values. Queries and keys are normed if there is a norm, and rotated in their first half if there is a rotation.
+// values. Queries and keys are normed if there is a norm, and rotated in their first half.
 template <typename T, int D, typename X>
 __device__ __noinline__ void prepare_heads(const X* x, int x_row, T* out, int out_row, int rows, int length, int heads,
                                            int all_heads, Norm<T> q_norm, Norm<T> k_norm, const float* cosine,
@@ -183,15 +183,13 @@ __device__ __noinline__ void prepare_heads(const X* x, int x_row, T* out, int ou
     float numbers[EACH] = {};
     add(numbers, x + (long long)row * x_row + at);
     norm_head(numbers, kind == 0 ? q_norm : kind == 1 ? k_norm : Norm<T>{});
-    if (cosine) {
-      // the first 4 lanes hold the rotated half, the second 2 of them what is turned with the first 2
-      const int place = row % length * (D / 4) + (lane & 1) * EACH;
-      #pragma unroll
-      for (int e = 0; e < EACH; e++) {
-        const float other = __shfl_xor_sync(0xffffffffu, numbers[e], 2);
-        const float across = sine[place + e] * (lane & 2 ? other : -other);
-        if (lane < 4 && kind < 2) numbers[e] = numbers[e] * cosine[place + e] + across;
-      }
+    // the first 4 lanes hold the rotated half, the second 2 of them what is turned with the first 2
+    const int place = row % length * (D / 4) + (lane & 1) * EACH;
+    #pragma unroll
+    for (int e = 0; e < EACH; e++) {
+      const float other = __shfl_xor_sync(0xffffffffu, numbers[e], 2);
+      const float across = sine[place + e] * (lane & 2 ? other : -other);
+      if (lane < 4 && kind < 2) numbers[e] = numbers[e] * cosine[place + e] + across;
     }
     Some<T, EACH> made;
     #pragma unroll

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +22,7 @@ _HEADER = Path(__file__).with_suffix(".cuh")
 
 _MEMORY = "  extern __shared__ __align__(128) unsigned char memory[];\n"
 _HEADS = """
-  prepare_heads<T, D>(x, x_shape[1], out, ALL * D, x_shape[0], LENGTH, HEADS, ALL, Q_NORM, K_NORM, COSINE, SINE);
+  prepare_heads<T, D>(x, x_shape[1], out, ALL * D, x_shape[0], LENGTH, HEADS, ALL, Q_NORM, K_NORM, cosine, sine);
 """
 _ATTENTION = """
   attend<T, D, 4, 1, T>({READY ? q : nullptr, q_shape[2]}, {q, q_shape[2]}, Q_NORM, {k + K_START, k_shape[2]},
@@ -133,18 +131,16 @@ def prepare_heads(
     head_dim: int,
     heads: int,
     length: int,
-    norms: Sequence[Norm | None],
-    rotation: Rotation | None = None,
+    norms: tuple[Norm | None, Norm | None],
+    rotation: Rotation,
 ) -> mx.array:
-    """Of x (B·length, …) the queries it begins with, and as many keys if there are two norms: normed and rotated.
+    """Of x (B·length, …) the queries it begins with, and as many keys: normed, each by its own, and rotated.
 
-    (B·length, len(norms) · heads · head_dim); a norm or the rotation that is None is left out.
+    (B·length, 2 · heads · head_dim); a norm that is None is left out.
     """
-    source, inputs = _spell(_HEADS, dict(zip_longest(("Q_NORM", "K_NORM"), norms)))
-    for name in ("cosine", "sine"):
-        source = source.replace(name.upper(), name if rotation else "nullptr")
-    inputs = {"x": x} | inputs | (rotation._asdict() if rotation else {})
-    rows, count = len(x), heads * len(norms)
+    source, inputs = _spell(_HEADS, dict(zip(("Q_NORM", "K_NORM"), norms, strict=True)))
+    inputs = {"x": x} | inputs | rotation._asdict()
+    rows, count = len(x), 2 * heads
     constants = {"D": head_dim, "HEADS": heads, "ALL": count, "LENGTH": length}
     outputs = {"out": (rows, count * head_dim)}
     return _launch("prepare_heads", source, inputs, outputs, constants, -(-rows * count // 32), 0)[0]

@@ -195,7 +195,7 @@ class SelfAttention(Attention):
         qk, v = (part.reshape(batch, length, -1) for part in (qk, qkv))
         return cuda_dit.attention(qk, qk, v, self.head_dim, heads, heads, starts)
 
-    def kernel_norms(self) -> tuple[cuda_dit.Norm | None, ...]:
+    def kernel_norms(self) -> tuple[cuda_dit.Norm | None, cuda_dit.Norm | None]:
         return (_kernel_norm(self.q_norm), _kernel_norm(self.k_norm)) if self.qk_norm else (None, None)
 
     def rotation(self, length: int) -> cuda_dit.Rotation:
