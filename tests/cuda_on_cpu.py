@@ -68,7 +68,7 @@ extern "C" void run(void** data, const int* shapes) {{
 
 
 def compile_by_gxx(*arguments: str | Path) -> None:
-    options = ["-std=c++20", "-O2", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-fPIC"]
+    options = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-fPIC"]
     subprocess.run(["g++", *options, *arguments], check=True)
 
 
