@@ -187,7 +187,7 @@ class SelfAttention(Attention):
             q, k = self.q_norm(q), self.k_norm(k)
         return self.attend(residual, self.rotate(q), self.rotate(k), v)
 
-    def by_kernel(self, x: mx.array, batch: int) -> mx.array:
+    def states_by_kernels(self, x: mx.array, batch: int) -> mx.array:
         """x (B·T, E) → the heads' states (B·T, E)"""
         qkv, (rows, width) = self.to_qkv(x), x.shape
         heads, starts, length = width // self.head_dim, (width, 2 * width), rows // batch
@@ -224,7 +224,7 @@ class CrossAttention(Attention):
         q = self.q_norm(q) if self.qk_norm else q
         return self.attend(residual, q.transpose(0, 2, 1, 3), *keys_values)
 
-    def by_kernel(self, x: mx.array, keys_values: tuple[mx.array, mx.array]) -> mx.array:
+    def states_by_kernel(self, x: mx.array, keys_values: tuple[mx.array, mx.array]) -> mx.array:
         """x (B·T, E) → the heads' states (B·T, E)"""
         q = self.to_q(x).reshape(len(keys_values[0]), -1, x.shape[1])
         heads, kv_heads = (part.shape[2] // self.head_dim for part in (q, keys_values[0]))
@@ -285,8 +285,7 @@ class Block(nn.Module):
     def attend_by_kernels(
         self,
         x: mx.array,
-        before: FeedForward | None,
-        gated: mx.array | None,
+        before: tuple[FeedForward, mx.array] | None,
         keys_values: tuple[mx.array, mx.array],
     ) -> tuple[mx.array, mx.array]:
         """As `attend_by_one_kernel`, with the library's products."""
@@ -294,26 +293,28 @@ class Block(nn.Module):
         if before is None:
             normed = self.self_norm(x)
         else:
-            x, normed = cuda_dit.add_norm(x, before.end(gated), _kernel_norm(self.self_norm))
-        added = own.to_out(own.by_kernel(normed, len(keys_values[0])))
+            ff, gated = before
+            x, normed = cuda_dit.add_norm(x, ff.end(gated), _kernel_norm(self.self_norm))
+        added = own.to_out(own.states_by_kernels(normed, len(keys_values[0])))
         x, normed = cuda_dit.add_norm(x, added, _kernel_norm(self.cross_norm))
-        added = cross.to_out(cross.by_kernel(normed, keys_values))
+        added = cross.to_out(cross.states_by_kernel(normed, keys_values))
         return cuda_dit.add_norm(x, added, _kernel_norm(self.ff_norm))
 
     def attend_by_one_kernel(
         self,
         x: mx.array,
-        before: FeedForward | None,
-        gated: mx.array | None,
+        before: tuple[FeedForward, mx.array] | None,
         keys_values: tuple[mx.array, mx.array],
         arrivals: mx.array,
     ) -> tuple[mx.array, mx.array]:
-        """What `cuda_dit.block` returns; `before` is the feed-forward that `gated` is of."""
+        """What `cuda_dit.block` returns; `before` is the feed-forward before, and its first product."""
         own, cross = self.self_attention, self.cross_attention
         layers = {"to_qkv": own.to_qkv, "self_out": own.to_out, "to_q": cross.to_q, "cross_out": cross.to_out}
         weights = {name: layer.weight for name, layer in layers.items()}
+        gated = None
         if before is not None:
-            weights |= {"ff_out": before.proj_out.weight, "ff_bias": before.proj_out.bias}
+            ff, gated = before
+            weights |= {"ff_out": ff.proj_out.weight, "ff_bias": ff.proj_out.bias}
         norms = {"SELF_NORM": self.self_norm, "CROSS_NORM": self.cross_norm, "FF_NORM": self.ff_norm}
         norms = {name: _kernel_norm(norm) for name, norm in norms.items()}
         norms |= dict(zip(("Q_NORM", "K_NORM"), own.kernel_norms(), strict=True), CROSS_Q_NORM=cross.kernel_norm())
@@ -417,11 +418,12 @@ class DiT(nn.Module):
         """All blocks; after the feed-forward's first product, the next block goes on with the rest of it."""
         one = cuda_dit.prefers_block(x) and all(block.fits_one_kernel() for block in self.blocks)
         arrivals = [cuda_dit.zero_arrivals(t)] if one else []
-        ff, gated = None, None
+        before = None
         for block, own in zip(self.blocks, keys_values, strict=True):
             attend = block.attend_by_one_kernel if one else block.attend_by_kernels
-            x, normed = attend(x, ff, gated, own, *arrivals)
-            ff, gated = block.ff, block.ff.proj_in(normed)
+            x, normed = attend(x, before, own, *arrivals)
+            before = block.ff, block.ff.proj_in(normed)
+        ff, gated = before
         return x + ff.end(gated)
 
     def embed_time(self, t: mx.array) -> mx.array:

@@ -61,11 +61,12 @@ def test_cuda_does_not_give_up_after_many_shapes(monkeypatch, own, found):
     assert run_python(command, **own).stdout == f"{found}\n"
 
 
+@pytest.mark.parametrize("program", ["mlx_audio_native", "golden"])
 @pytest.mark.parametrize(("own", "found"), [({}, "0"), ({"MLX_USE_CUDA_GRAPHS": "1"}, "1")])
-def test_the_command_line_launches_directly(monkeypatch, own, found):
+def test_programs_launch_directly(monkeypatch, program, own, found):
     monkeypatch.delenv("MLX_USE_CUDA_GRAPHS", raising=False)
     tell = "atexit.register(lambda: print(os.environ['MLX_USE_CUDA_GRAPHS']))"
-    command = f"import atexit, os; from mlx_audio_native.cli import run; {tell}; run()"
+    command = f"import atexit, os, runpy; {tell}; runpy.run_module('{program}', run_name='__main__')"
     assert run_python(command, **own).stdout == f"{found}\n"
 
 
