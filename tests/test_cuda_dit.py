@@ -8,7 +8,9 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_audio_native import cuda, cuda_dit
+from mlx_audio_native.config import ModelConfig
 from mlx_audio_native.dit import DiT, DiTConfig
+from mlx_audio_native.releases import SMALL, release_config
 
 CONFIG = DiTConfig(
     io_channels=16,
@@ -64,6 +66,13 @@ def test_few_rows_take_one_kernel(cuda_kernels: list[str], monkeypatch: pytest.M
 def test_many_rows_take_the_library_between_kernels(cuda_kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_dit, "_FEW_ROWS", 0)
     check_dit(replace(CONFIG, depth=2), batch=2, latents=20, tokens=5)
+    assert cuda_kernels == [*SINGLE, "add_norm", *SINGLE]
+
+
+@pytest.mark.slow
+def test_many_rows_as_wide_as_the_release(cuda_kernels: list[str]) -> None:
+    config = replace(ModelConfig.from_dict(release_config(SMALL)).dit, depth=2)
+    check_dit(config, batch=3, latents=256, tokens=65)
     assert cuda_kernels == [*SINGLE, "add_norm", *SINGLE]
 
 
