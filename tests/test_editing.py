@@ -313,9 +313,9 @@ def spectrogram(samples):
 def test_the_more_noise_the_less_is_left_of_the_source(demo, write):
     name = write(tone(3, 44100), rate=44100)
     source, likeness = spectrogram(reconstruction(demo, tone(3, 44100))), []
-    drums = ["kick drum loop, 120 BPM", "snare drum loop, 140 BPM", "hi-hat loop, 90 BPM", "house beat, 100 BPM"]
+    drums = ["kick drum loop, 120 BPM", "hi-hat loop, 90 BPM"]
     for level in (0, 0.3, 0.6, 1):  # from about 0.75 on nothing is left, and chance decides
-        clips = demo.generate(drums, init_audio=name, noise_level=level, seed=0)
+        clips = demo.generate(drums, init_audio=name, noise_level=level, steps=4, seed=0)
         likeness.append(np.mean([np.corrcoef(source, spectrogram(clip.samples))[0, 1] for clip in clips]))
     assert likeness[0] > 0.999
     assert all(more > less for more, less in pairwise(likeness)), likeness
